@@ -9,7 +9,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 
-# What may work; constraints.txt has the set that is tested together. See CONTRIBUTING.md before moving one of them.
+# These versions may work; constraints.txt has the tested set. See CONTRIBUTING.md before you change one of them.
 INSTALL = [
     'megatron-core==0.19.2; python_version >= "3.12"',
     "torch>=2.11",  # `make install` takes 2.13.0, the CPU build; a GPU's torch comes with the `gpu` extra
@@ -90,7 +90,7 @@ setup(
         "gpu": ["torch==2.14.1", "sglang==0.5.23", "transformer-engine[core-cu13,pytorch]==2.20.2"],
         # The documentation site: `make docs`.
         "docs": ["mkdocs~=1.6", "mkdocs-material~=9.8"],
-        # What `tracking.to` may name besides.
+        # `tracking.to` may also name these.
         "wandb": ["wandb~=0.31"],
         "trackio": ["trackio~=0.43"],
     },

@@ -45,7 +45,7 @@ class Stopped(Exception):
     """Says that a signal has stopped this process, and --resume goes on from what is on the disk."""
 
 
-# What a disk says, and not a mistake of ours.
+# These errors come from a disk, not from a mistake in this program.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE}
 
 _rank = 0
@@ -63,7 +63,7 @@ def exit_code(program: str, run: Callable[[], int]) -> int:
     try:
         return run()
     except (ValueError, Fault) as error:
-        # What every rank raises is told once; what befell one rank, by that rank.
+        # Rank 0 tells an error that all ranks raise; a rank tells its own.
         if _rank == 0 or type(error) is Fault:
             sys.stderr.write(f"{program}: {error}\n")
         return EXIT_MISTAKE if isinstance(error, ValueError) else EXIT_FAULT

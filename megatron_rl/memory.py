@@ -17,8 +17,8 @@ from megatron_rl.config.schema import RlConfig, RunConfig
 from megatron_rl.families import Architecture
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
-# What is needed beside the weights. Gradients are fp32 for either; Adam has two moments, and bf16 weights an fp32
-# master copy.
+# Bytes of each parameter beside its weight. Gradients are always fp32. Adam has two moments, and bf16 weights have an
+# fp32 master copy.
 _GRADIENT_BYTES = 4
 OPTIMIZER_BYTES = {"float32": 8, "bfloat16": 12}
 # The bytes that a checkpoint holds of each parameter.

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# What torchrun, examples/ring_lite/slurm/job.sh and launch.py set for a rank.
+# torchrun, examples/ring_lite/slurm/job.sh and launch.py set these for a rank.
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 # launch.py tells rank 0 the number of a socket that is bound to MASTER_PORT, so that nobody else can take the port.
 SOCKET_VARIABLE = "MEGATRON_RL_STORE_SOCKET"

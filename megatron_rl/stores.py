@@ -152,7 +152,7 @@ def _reached(place: Place, waiting: _Waiting) -> dist.TCPStore:
         except OSError as error:
             problem = str(error)
         waiting.pause(missing)
-    # Where something else has the port, torch's constructor waits for ever and sees no signal.
+    # torch's constructor runs in a thread: if another program has the port, it waits for ever and sees no signal.
     found: list[dist.TCPStore | Exception] = []
 
     def connect() -> None:

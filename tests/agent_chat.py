@@ -1,4 +1,4 @@
-"""A tokenizer of bytes with a chat template that has tools and thinking, and servers that say what they are told."""
+"""Makes a tokenizer of bytes with a chat template for tools and thinking, and servers that say what they are told."""
 
 import json
 import sys
@@ -65,7 +65,7 @@ def chat_tokenizer(folder: Path, template: str = TEMPLATE):
 
 
 class Scripted:
-    """Servers that answer with the next text each, and the end token where the text does not say otherwise.
+    """Stands in for servers: each answer is the next text, with the end token unless the text says otherwise.
 
     say: the texts, or a function from what the policy reads to what it says. held: tokens after which a request waits
     to be cut short.

@@ -1,4 +1,4 @@
-"""An agent for runs of a random model: two short turns, and a score that is as often 1 as 0."""
+"""Holds an agent for runs of a random model: it takes two short turns and scores 1 as often as 0."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Agents of every bad kind, and some good ones: `meta.kind` of the row says which."""
+"""Holds agents that fail in every way, and some good ones. `meta.kind` of a row chooses one."""
 
 import asyncio
 import contextlib

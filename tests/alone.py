@@ -1,4 +1,4 @@
-"""A training world of this process alone, for tests that build a model."""
+"""Makes a training world of this process alone, for tests that build a model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ ALONE = Layout(world_size=1)
 
 @contextmanager
 def world() -> Iterator[None]:
-    """Be a world of one inside of the block."""
+    """Make this process a world of one rank inside the block."""
     initialize_parallel(ALONE, deadline_seconds=60, seed=0)
     try:
         yield

@@ -1,4 +1,4 @@
-"""One rank of ranks/test_run_checkpoints.py: saves, loses and finds checkpoints of a tiny model, and reports of it."""
+"""Runs one rank of ranks/test_run_checkpoints.py: saves, loses and finds checkpoints of a tiny model, and reports."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ CARRIED = b"surplus responses"
 
 
 class Rank:
-    """This rank, the folder of its scenario, and what it was told."""
+    """Holds this rank, the folder of its scenario, and the log messages so far."""
 
     def __init__(self, spec: dict, folder: Path) -> None:
         self.spec, self.folder = spec, folder
@@ -77,7 +77,7 @@ class Rank:
         return [p.detach().clone() for p in self.trainer.model.parameters_by_canonical_name().values()]
 
     def names(self, directory: Path) -> list[str]:
-        """Collective: what is there once every rank is here."""
+        """Return the names in the directory once every rank is here. All ranks must call it."""
         self.context.any_rank(False)
         found = sorted(path.name for path in directory.iterdir())
         self.context.any_rank(False)
@@ -89,7 +89,7 @@ class Rank:
 
 @contextmanager
 def held_writing() -> Iterator[threading.Event]:
-    """No file of a checkpoint is begun before the event."""
+    """Hold back the writing of all checkpoint files until the yielded event is set."""
     go, write = threading.Event(), Part.write
 
     def wait_and_write(part: Part) -> Any:
@@ -106,7 +106,7 @@ def held_writing() -> Iterator[threading.Event]:
 
 @contextmanager
 def no_file_above(num_bytes: int) -> Iterator[None]:
-    """The kernel refuses what is written beyond; the signal that would come with it Python ignores."""
+    """Make the kernel refuse writes beyond this size. Python ignores the signal that comes with it."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:
@@ -134,7 +134,7 @@ def raised(kind: type[Exception], work: Callable[[], Any]) -> str:
 
 
 def killed_while_writing(rank: Rank) -> dict:
-    """Ends by SIGKILL after step 1 is whole and while step 2 is written."""
+    """Kill this process by SIGKILL after step 1 is whole and while step 2 is written."""
     rank.train()
     checkpoints = rank.checkpoints(rank.folder / "killed")
     rank.save(checkpoints, 1)
@@ -153,7 +153,7 @@ def after_the_kill(rank: Rank) -> dict:
 
 
 def beside_training(rank: Rank) -> dict:
-    """The same state saved before training goes on, and while it does."""
+    """Save the same state before training goes on and while it does."""
     rank.train()
     rank.save(rank.checkpoints(rank.folder / "before", async_save=False), 1)
     checkpoints = rank.checkpoints(rank.folder / "beside")
@@ -172,7 +172,7 @@ def beside_training(rank: Rank) -> dict:
 
 
 def optimizer_state(rank: Rank) -> dict:
-    """Ours against megatron's own gathering of the same format: how many tensors, and those that differ."""
+    """Compare our state of the optimizer with megatron's own: return the number of tensors, and those that differ."""
     model = sharded_state(rank.trainer.model)
     counts, different = [], []
     for part in rank.trainer.optimizer.chained_optimizers:
@@ -213,7 +213,7 @@ def kept(rank: Rank) -> dict:
 
 
 def file_that_cannot_grow(rank: Rank) -> dict:
-    """Rank 1's writes fail, whatever rank 0's do."""
+    """Make rank 1's writes fail, and not rank 0's."""
     directory = rank.folder / "limited"
     checkpoints = rank.checkpoints(directory, on_save_error="continue")
     rank.save(checkpoints, 1)
@@ -247,7 +247,7 @@ def full_disk(rank: Rank) -> dict:
 
     leave_free(needed // 2)
     report: dict[str, Any] = {"too little": raised(SharedFault, lambda: rank.save(checkpoints, 2))}
-    # What torch.save adds to each tensor makes the difference between the tensors' bytes and the files'.
+    # The save asks for the tensors' bytes, and there is room for those, but not for what torch.save adds to each.
     leave_free(needed - 20_000)
     rank.save(checkpoints, 3)
     report["filled"] = raised(SharedFault, lambda: checkpoints.settle(wait=True))
@@ -287,7 +287,7 @@ def damaged(rank: Rank) -> dict:
 
 
 def hostile(rank: Rank) -> dict:
-    """What this rank says when it resumes from, or loads, a checkpoint with a pickle in it that would run a program."""
+    """Return this rank's errors when it resumes from, or loads, a checkpoint with a pickle that would run a program."""
     directory, marker = rank.folder / "hostile", rank.folder / "marker"
     checkpoints = rank.checkpoints(directory, async_save=False)
     rank.save(checkpoints, 1)

@@ -1,4 +1,7 @@
-"""One rank of a few collectives on this process's device. Run by tests/parallel.py; prints how long each takes."""
+"""Runs one rank of a few collectives on this process's device and prints how long each takes.
+
+tests/parallel.py starts it.
+"""
 
 import datetime
 import os
@@ -32,7 +35,7 @@ def main(folder: Path) -> None:
         return found
 
     def exchanged() -> Tensor:
-        """Rank r sends r + 1 to rank 0 and 2 - r to rank 1."""
+        """Exchange numbers: rank r sends r + 1 of them to rank 0 and 2 - r to rank 1."""
         sizes = [rank + 1, 2 - rank]
         sent = torch.arange(3, device=where).float() + 10 * rank
         come = [1, 2] if rank == 0 else [2, 1]

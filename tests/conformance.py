@@ -1,6 +1,6 @@
-"""What a rollout client may rely on, whichever server it talks to: SGLang's routes, with their values.
+"""Tests what a rollout client may rely on with any kind of server: SGLang's routes and their values.
 
-Plain tests that take a `server` (subject.Subject). test_conformance.py runs them against the embedded server,
+These are plain tests that take a `server` (subject.Subject). test_conformance.py runs them against the embedded server,
 real_sglang/test_conformance.py against an unmodified SGLang.
 """
 
@@ -18,13 +18,13 @@ TEXT = [5, 6, 7, 8, 30, 31, 90]
 
 @pytest.fixture
 def server(_server):
-    """The module's subject, as every test finds it. `_server` is what the two modules differ in."""
+    """Yield the subject that each of the two modules defines as `_server`, and reset it after each test."""
     yield _server
     _server.reset()
 
 
 def drawn(answer):
-    """Log-probs of the output tokens."""
+    """Return the log-probs of the output tokens."""
     return [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
 
 
@@ -33,7 +33,7 @@ def reason(answer):
 
 
 def versions(answer):
-    """[(version, number of tokens)], after a look at the spans' ends."""
+    """Return [(version, number of tokens)] and check the ends of the spans."""
     spans = answer["meta_info"]["weight_versions"]
     assert [span["start"] for span in spans] == [0] + [span["end"] for span in spans[:-1]]
     assert spans[-1]["end"] == len(answer["output_ids"])
@@ -41,7 +41,7 @@ def versions(answer):
 
 
 def truth(model):
-    """Log-probs of TEXT[1:] in fp64, by no server."""
+    """Return the log-probs of TEXT[1:] by the reference in fp64."""
     config = json.loads((model.path / "config.json").read_text())
     table = reference_logprobs(model.path, config, TEXT)
     return [table[i][token] for i, token in enumerate(TEXT[1:])]
@@ -220,7 +220,7 @@ def test_streams_are_cumulative_and_end_with_done(server):
     assert all(part["meta_info"]["finish_reason"] is None for part in parts[:-1])
 
 
-# Only what both refuse: real SGLang takes much that is wrong, and ends itself for a token id outside the vocabulary.
+# Both kinds of servers refuse these. Real SGLang takes much that is wrong, and a token id out of range ends it.
 @pytest.mark.parametrize(
     "body",
     [

@@ -11,12 +11,12 @@ from inputs import ROOT
 from megatron_rl.metric_names import unknown
 from megatron_rl.train.run.metrics import read_metrics
 
-# What depends on the clock and on how often a run was started.
+# Metrics with these words in their names depend on the clock or on the number of starts.
 _NOT_COMPARED = ("seconds", "num_starts", "per_second")
 
 
 def command(example: str, inputs: Path, run: Path, small: Sequence[str], *options: str) -> list[str]:
-    """The command that trains an example in `run`. small: settings that make it quick."""
+    """Return the command that trains an example in `run`. small: settings that make it quick."""
     settings = [f"run_dir={run}", f"model.path={inputs}/model", f"data.train={inputs}/data/train.jsonl", *small]
     flags = [part for setting in settings for part in ("--set", setting)]
     config = str(ROOT / "examples" / example / "rl.toml")

@@ -1,4 +1,4 @@
-"""Tiny models of every family, made by transformers' own classes, in odd shapes and with random weights."""
+"""Makes tiny models of every family by transformers' own classes, in odd shapes and with random weights."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -88,14 +88,14 @@ def transformers_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def transformers_logprobs(model: Any, ids: list[int]) -> Tensor:
-    """Of every token but the first, [n - 1]."""
+    """Return the log-probs of all tokens but the first, [n - 1]."""
     logits = model(torch.tensor([ids])).logits[0]
     logp = logits.log_softmax(-1)[:-1]
     return logp[range(len(logp)), ids[1:]]
 
 
 def transformers_gradient(model: Any, spec: dict) -> dict[str, Tensor]:
-    """Of the C3PO loss, by transformers' forward pass and torch's autograd."""
+    """Return the gradient of the C3PO loss, by transformers' forward pass and torch's autograd."""
     total = 0.0
     algorithm = spec["algorithms"][0]
     low, high = 1 - algorithm["clip_low"], 1 + algorithm["clip_high"]
@@ -114,7 +114,7 @@ def transformers_gradient(model: Any, spec: dict) -> dict[str, Tensor]:
 
 
 def as_in_files(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """transformers holds all experts of a layer in one tensor, gate above up, and writes them apart."""
+    """Yield tensors as files have them. transformers holds all experts of a layer in one tensor, but files do not."""
     for name, tensor in tensors:
         before, fused, which = name.partition("experts.")
         for i, of_expert in enumerate(tensor if fused else ()):

@@ -29,7 +29,7 @@ _PRELOADED = [
 ]
 # Not multiprocessing's own, which workers of rewards may have started already with what they import.
 _server = forkserver.ForkServer()
-# What torch reads when it is imported.
+# torch and megatron_rl read these variables at import, so they must be set before the fork server imports.
 _AT_IMPORT = {"OMP_NUM_THREADS": "1", "MEGATRON_RL_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -64,7 +64,7 @@ def run(
 
 
 class Program:
-    """A program that runs, with the names of `subprocess.Popen`. What it says goes behind what is in the log."""
+    """Runs a program in a fork, with the methods of `subprocess.Popen`. Its output is appended to the log."""
 
     def __init__(self, command: Sequence[object], log: Path, env: Mapping[str, str]) -> None:
         self._process = start(program, [str(word) for word in command][1:], dict(env), log, log, Path.cwd())
@@ -87,7 +87,7 @@ def _text(path: Path) -> str:
 
 
 def program(words: list[str], environment: Mapping[str, str], out: Path, err: Path, folder: Path) -> None:
-    """Be the program that python would run with these words in this folder; its stdout and stderr go to files."""
+    """Become the program that python would run with these words in this folder. Its stdout and stderr go to files."""
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -1,4 +1,4 @@
-"""The unmodified OpenAI client against the gateway: 40 kinds of requests, and hostile ones.
+"""Tests the gateway by the unmodified OpenAI client: 40 kinds of requests, and hostile ones.
 
 Plain tests that take a `served`: test_gateway.py runs them over the embedded server, real_sglang/test_gateway.py over
 SGLang. The model is random, so what it says is bytes that no tokenizer would write so: what is recorded must be what
@@ -34,10 +34,11 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "
 
 
 class Served:
-    """The gateway of a run over one server, in a loop of its own."""
+    """Runs the gateway of a run over one server, in an event loop of its own."""
 
     def __init__(self, folder, start, *, seeds=True):
-        """start: gives a server of a model directory. seeds: it takes them."""
+        """Start the server and the gateway. start: makes a server of a model directory. seeds: whether it takes
+        seeds."""
         flags = f"{FLAGS} --max-position-embeddings {CONTEXT + 64} --init-std 0.12"
         assert write_chat_model(folder / "model", *flags.split()) == VOCAB
         self.tokenizer = load_tokenizer(folder / "model")
@@ -68,7 +69,7 @@ class Served:
         self.server.stop()
 
     def open(self, **limits):
-        """A trajectory that may ask, and a client for it."""
+        """Open a trajectory that may ask, and return it with a client for it."""
         limits = {"sequence_tokens": CONTEXT, "policy_tokens": 10**6, "turns": 10**6, **limits}
 
         async def make():
@@ -97,7 +98,7 @@ def assert_is_alive(served):
     assert asked(client, max_tokens=1).usage.completion_tokens == 1
 
 
-# What is understood --------------------------------------------------------------------------------------------------
+# Requests that are understood ----------------------------------------------------------------------------------------
 
 UNDERSTOOD = {
     "nothing but messages": {},
@@ -189,7 +190,7 @@ def test_ids_that_were_sampled_are_read_again_as_they_are_over_many_turns(served
     told = served.loop.run(served.pool.input_logprobs(ids.tolist()))[served.server.url]
     mask = np.concatenate([np.zeros(len(segment.prompt_ids), bool), segment.policy_mask])[1:]
     assert told[mask] == pytest.approx(segment.rollout_logprobs, abs=2e-5)
-    # Bytes at random: their text encodes to other tokens.
+    # The response is random bytes, whose text encodes to other tokens.
     start, stop = segment.turns[0].tolist()
     again = served.tokenizer.encode(served.tokenizer.decode(segment.output_ids[start:stop].tolist()))
     assert again != segment.output_ids[start:stop].tolist()
@@ -242,7 +243,7 @@ def test_two_hundred_at_once_are_all_answered_and_recorded(served) -> None:
     assert [here.trajectory.recording.num_turns for here, _ in pairs] == [10] * 20
 
 
-# What is refused -----------------------------------------------------------------------------------------------------
+# Requests that are refused -------------------------------------------------------------------------------------------
 
 REFUSED = {
     "no messages": ({"messages": []}, "messages must be a list of messages, not empty"),
@@ -293,7 +294,7 @@ def test_a_limit_is_an_error_that_clients_do_not_repeat(served) -> None:
     assert here.trajectory.ended == "length"
 
 
-# Who may ask ---------------------------------------------------------------------------------------------------------
+# Keys ----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_key_opens_its_own_trajectory_alone(served) -> None:
@@ -459,7 +460,7 @@ def test_requests_of_one_trajectory_have_a_limit(served) -> None:
 
 
 def assert_waits(served):
-    """Between phases whoever asks waits; the line stays alive."""
+    """Check that a request between phases waits for its answer, so that the client's own timeout ends it."""
     _, client = served.open()
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=0.2).chat.completions.create(model="any", messages=ASK, max_tokens=1)

@@ -1,4 +1,4 @@
-"""One tensor-parallel rank of the head alone: its shard of the vocabulary, its part of the sequence (test_head.py)."""
+"""Runs one tensor-parallel rank of the head: its shard of the vocabulary and part of the sequence (test_head.py)."""
 
 import json
 import os

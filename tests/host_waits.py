@@ -1,4 +1,4 @@
-"""Finds where the host would wait for the device, on a device and, without one, by what the host asks for."""
+"""Finds where the host waits for the device. Without a device it finds calls that would wait."""
 
 import os
 import traceback
@@ -29,7 +29,7 @@ _METHODS = ("numpy", "tolist", "cpu", "item", "__bool__", "__int__", "__float__"
 
 
 class _Asks(TorchDispatchMode):
-    """found: what asked, and the lines from which."""
+    """Records calls that would wait, in `found`, with the lines they come from."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,15 +55,18 @@ class _Asks(TorchDispatchMode):
 
 
 def _by_truth_values(args: Any) -> bool:
-    """One number, which goes wherever a mask is true, is torch's masked_fill."""
+    """Return whether this indexes by truth values and so waits for their count. A fill with one number does not."""
     truths = any(index is not None and index.dtype == torch.bool for index in args[1])
     return truths and (len(args) < 3 or args[2].numel() != 1)
 
 
 @contextmanager
 def host_waits() -> Iterator[list[str]]:
-    """What is found in the block, where a CUDA device says that the host waits. On a CPU nobody does; there it is what
-    would make it wait, were the tensors on a device. Copies to a device cannot be seen there."""
+    """Yield a list that gets the places in the block where the host waits for the device.
+
+    With CUDA, torch reports them. On a CPU they are the calls that would wait if the tensors were on a device; copies
+    to a device cannot be seen there.
+    """
     if device.on_cuda():
         found: list[str] = []
         torch.cuda.set_sync_debug_mode("warn")

@@ -1,4 +1,4 @@
-"""Pickles that make the file `marker` when somebody trusts them, and checkpoints with one of them inside."""
+"""Makes pickles that create the file `marker` if a program trusts them, and checkpoints with one of them inside."""
 
 import io
 import operator
@@ -15,7 +15,7 @@ EMBEDDING = "embedding.word_embeddings.weight"
 
 
 class Call:
-    """Is pickled as a call of `function`."""
+    """Makes pickle write a call of `function`."""
 
     def __init__(self, function: object, *arguments: object) -> None:
         self._call = function, arguments
@@ -25,7 +25,7 @@ class Call:
 
 
 def hostile_pickles(marker: Path) -> dict[str, bytes]:
-    """By the name that each of them asks for first, and how it asks."""
+    """Return hostile pickles, by the name that each asks for first and the opcode by which it calls."""
     touch = f"touch {marker}"
     system, line = Call(os.system, touch), touch.encode()
     dotted = b"\x8c\x25torch.distributed.checkpoint.metadata\x8c\x09os.system\x93"
@@ -51,7 +51,7 @@ def saved(value: object, **options: object) -> bytes:
 
 
 def plant(folder: Path, key: str, data: bytes) -> None:
-    """Have `data` stand where the checkpoint keeps an object, or the one chunk of a tensor."""
+    """Put `data` in the place of an object, or of the one chunk of a tensor, in a checkpoint."""
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     index = next(index for index in metadata.storage_data if index == MetadataIndex(key) or index.fqn == key)
     with (folder / metadata.storage_data[index].relative_path).open("ab") as file:

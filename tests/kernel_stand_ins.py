@@ -1,5 +1,7 @@
-"""Stand-ins of kernels for GPUs, on a CPU: the signatures of flash-attn-4 4.0.0b36 and quack-kernels 0.6.5, as far as
-they go, the values by the formula in fp32, and refused is what these refuse (read in their sources).
+"""Replaces GPU kernels on a CPU, for tests.
+
+The signatures are those of flash-attn-4 4.0.0b36 and quack-kernels 0.6.5, as far as tests need them. Values are
+computed by the formula in fp32. These refuse what the real ones refuse, which was read in their sources.
 
 The real ones want a GPU. Of what they return only what is asked for is there.
 """
@@ -34,7 +36,7 @@ def flash_attn_varlen_func(
     window_size: tuple[int | None, int | None] = (None, None),
     **others: Any,
 ) -> tuple[Tensor, Tensor]:
-    """FlashAttention 4 of packed sequences on Hopper."""
+    """Compute FlashAttention 4 of packed sequences as on Hopper."""
     assert not others
     assert qv is seqused_q is seqused_k is gather_kv_indices is page_table is min_seqlen_k is None
     assert window_size == (None, None)
@@ -80,7 +82,7 @@ def gemm_add_inplace(
     tuned: bool = True,
     **others: Any,
 ) -> None:
-    """quack's A @ B, added to out: of A [M, total_K] and B [total_K, N] each group's product, to out [L, M, N]."""
+    """Add quack's product of each group to out [L, M, N]. A is [M, total_K] and B is [total_K, N]."""
     assert not others
     assert bias is cu_seqlens_m is A_idx is batch_idx_permute is None
     assert (alpha, beta, dynamic_scheduler, tuned) == (1.0, 1.0, False, False)
@@ -104,12 +106,12 @@ def gemm_add_inplace(
 
 
 def install() -> None:
-    """Let imports find these."""
+    """Put these modules into sys.modules, so that imports find them."""
     sys.modules.update(modules())
 
 
 def modules() -> dict[str, ModuleType]:
-    """By name, as imports look them up."""
+    """Return the stand-in modules by their names in sys.modules."""
     found = {name: ModuleType(name) for name in ("flash_attn", "flash_attn.cute", "quack", "quack.gemm_interface")}
     found["flash_attn.cute"].flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
     found["quack.gemm_interface"].gemm_add_inplace = gemm_add_inplace  # type: ignore[attr-defined]

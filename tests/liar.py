@@ -1,4 +1,4 @@
-"""An HTTP server in front of a real one that forwards everything but what it is told to spoil."""
+"""Runs an HTTP server in front of a real one. It forwards everything but what it is told to spoil."""
 
 import http.server
 import threading
@@ -9,7 +9,7 @@ import httpx
 
 
 class Exchange(http.server.BaseHTTPRequestHandler):
-    """One request. body: as it came; a fault may change it before `forwarded`."""
+    """Handles one request. body: as it came; a fault may change it before `forwarded`."""
 
     protocol_version = "HTTP/1.1"
     body = b""
@@ -42,7 +42,7 @@ class Exchange(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def liar(behind: str, **faults: Callable[[Exchange], None]) -> Iterator[str]:
-    """The url of one. faults: by route without its slash, what is done in place of forwarding."""
+    """Run a liar and yield its URL. faults: by route without its slash, what is done in place of forwarding."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Exchange)
     server.behind, server.faults = behind, {f"/{name}": fault for name, fault in faults.items()}  # type: ignore[attr-defined]
     server.daemon_threads, server.block_on_close = True, False

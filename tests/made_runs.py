@@ -37,8 +37,10 @@ def make_run(
     texts: Sequence[str] = ("1 + 1 = 2, \\boxed{2}",),
     every: int = 1,
 ) -> Path:
-    """A run in `folder`, whose responses are the texts in turn, every: steps between those with a file of
-    responses. The first group of each step has traces."""
+    """Write a run into `folder` whose responses are the texts in turn.
+
+    every: steps between those with a file of responses. The first group of each step has traces.
+    """
     (folder / "rollouts").mkdir(parents=True)
     (folder / "tokens").mkdir()
     values = {"run_dir": folder, "seed": seed, "model": model, "steps": num_steps, "algorithm": algorithm}
@@ -98,9 +100,9 @@ def metrics_row(step: int, num_steps: int, noise: random.Random) -> dict[str, An
 
 
 def response_row(index: int, step: int, text: str) -> dict[str, Any]:
-    """Of three prompts with four responses each: most are trained, one is cut, the last are carried.
+    """Return a row of rollouts/ for one of three prompts with four responses each.
 
-    Four characters are a token.
+    Most responses are trained, one is cut, one is stale, and the last are carried. A token has four characters.
     """
     position, sample = divmod(index, 4)
     outcome = "carried" if index > 9 else "dropped: stale" if index == 9 else "trained"
@@ -126,7 +128,7 @@ def response_row(index: int, step: int, text: str) -> dict[str, Any]:
 
 
 def trace_row(response: Mapping[str, Any], step: int, noise: random.Random) -> dict[str, Any]:
-    """The trace of a row of `response_row`: differences from 1e-4 to 1 nat, nothing behind the tokens trained."""
+    """Return the trace of a row of `response_row`. Log-probs differ by 1e-4 to 1 nat; tokens not trained have none."""
     text = response["response"]
     tokens = [text[at : at + 4] for at in range(0, len(text), 4)]
     rollout = [round(-abs(noise.gauss(0, 0.5)), 4) for _ in tokens]

@@ -1,4 +1,4 @@
-"""The path of a GPU on torch's meta device: shapes and dtypes of every operation, no numbers and no memory.
+"""Runs the path of a GPU on torch's meta device: shapes and dtypes of every operation, without numbers or memory.
 
 Run by tests/test_memory.py. What a meta tensor refuses is what would be wrong on a GPU: a tensor of the host among
 those of the device, or a shape that depends on what a tensor holds. Memory that tensors would take is counted as
@@ -53,7 +53,7 @@ _COLLECTIVES = ("all_reduce", "broadcast", "all_gather_into_tensor", "reduce_sca
 
 
 class Memory(TorchDispatchMode):
-    """now, most: bytes of the storages that are there, and at most were, of tensors that operations made in it."""
+    """Counts the bytes of the storages that operations make. now: those alive. most: the peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Memory(TorchDispatchMode):
 
 
 def stand_in() -> None:
-    """From here on the meta device is the GPU of this process."""
+    """Make the meta device the GPU of this process."""
     tensor: Any = torch.Tensor
     type_of = tensor.type
     tensor.type = lambda self, *to, **options: (
@@ -119,7 +119,7 @@ def stand_in() -> None:
 
 
 class _FusedNorm(torch.autograd.Function):
-    """What torch's kernel for CUDA keeps. Elsewhere torch takes the norm apart, and keeps its input in fp32 too."""
+    """Keeps what torch's CUDA kernel keeps. On other devices torch also keeps the norm's input in fp32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class _FusedNorm(torch.autograd.Function):
 
 
 class _FlashAttention4(torch.autograd.Function):
-    """What it keeps: its inputs, the output, and a number for each query and head."""
+    """Keeps what FlashAttention 4 keeps: its inputs, the output, and a number for each query and head."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor, *, cu_seqlens_k: Tensor, tun
 
 
 class _Rotation(torch.autograd.Function):
-    """One kernel, whose tables alone are kept."""
+    """Keeps what one rotation kernel keeps: its tables alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -206,8 +206,10 @@ def _alone(collective: Any) -> Any:
 
 
 def peak(shape: dict[str, Any], case: dict[str, Any]) -> dict[str, int]:
-    """Bytes of a rank, found and planned: between steps (`state`), and beyond that at most in the passes of two micro-
-    batches of one sequence each (`passes`).
+    """Return the bytes of a rank, found and planned.
+
+    They are those between steps (`state`), and the most beyond that in the passes of two micro-batches of one sequence
+    each (`passes`).
 
     shape: `path`, of a config.json, and what is other than in it. case: `num_tokens` of a micro-batch, and keys of the
     configuration's model section, and `lora`, that section.

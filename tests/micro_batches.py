@@ -1,4 +1,4 @@
-"""A rank's part of a micro-batch, in a size for tests."""
+"""Makes a rank's part of a micro-batch, in a size for tests."""
 
 import torch
 
@@ -8,7 +8,7 @@ from megatron_rl.train.step.batch import MicroBatch, TrainSequence, make_micro_b
 
 
 def micro_batch(sequences: list[TrainSequence], multiple_of: int, rank: int, size: int) -> MicroBatch:
-    """Of context-parallel rank `rank` of `size`."""
+    """Return the micro-batch of these sequences for context-parallel rank `rank` of `size`."""
     return make_micro_batch(
         sequences,
         multiple_of=multiple_of,

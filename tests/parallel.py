@@ -63,7 +63,7 @@ EVERYTHING = {
 
 
 def sharing_a_gpu(rank: int) -> dict[str, str]:
-    """The environment of a rank that has its GPU in common with others.
+    """Return the environment of a rank that shares its GPU with others.
 
     NCCL refuses two ranks of one machine on one GPU. It tells machines apart by NCCL_HOSTID, so each rank is one, and
     they talk over sockets. That shows what is computed and in which order, and nothing about speed.
@@ -79,7 +79,7 @@ def sharing_a_gpu(rank: int) -> dict[str, str]:
 
 
 def _start(worker: Path, folder: Path, log: Path, environment: dict[str, str], on_cpu: bool) -> BaseProcess:
-    """A process that runs the worker as a program. On a CPU it is a fork; CUDA allows none."""
+    """Start a process that runs the worker as a program. On a CPU it is a fork; CUDA allows none."""
     arguments = [str(worker), str(folder)], environment, log, log, ROOT
     if on_cpu:
         return forked.start(forked.program, *arguments)
@@ -142,7 +142,7 @@ def run_ranks(
 
 
 def with_trajectories(spec: dict) -> dict:
-    """The same with sequences in which others wrote some tokens, and samples that are several sequences."""
+    """Change the spec: others wrote some tokens of some sequences, and some samples have several sequences."""
     rows = spec["sequences"]
     for i in (1, 3, 6, 8):
         start, ids = rows[i]["num_prompt_tokens"], rows[i]["token_ids"]
@@ -159,7 +159,7 @@ def with_trajectories(spec: dict) -> dict:
 
 
 def with_teacher(spec: dict) -> dict:
-    """The same with a teacher that has scored all sequences but the third, token by token."""
+    """Add a teacher to the spec, which has scored all tokens of all sequences but the third."""
     for i, row in enumerate(spec["sequences"]):
         if i != 2:
             gaps = [((37 * t + 11 * i) % 257 - 128) / 256 for t in range(len(row["rollout_logprobs"]))]
@@ -181,7 +181,7 @@ def make_spec(model: Path, **changes: object) -> dict:
                 "advantage": rng.uniform(-2, 2),
                 # About what a model that knows nothing gives: some ratios are clipped, others are not.
                 "rollout_logprobs": [rng.randint(-1200, -800) / 256 for _ in range(length - num_prompt_tokens)],
-                # None, all, or the first half: a response that was resumed under new weights.
+                # No tokens, all, or the first half are stale; the last as in a response resumed under new weights.
                 "num_stale_tokens": (0, length, (length - num_prompt_tokens) // 2)[len(rows) % 3],
             }
         )
@@ -197,7 +197,7 @@ def make_spec(model: Path, **changes: object) -> dict:
 
 
 def exact_spec(model: Path, **changes: object) -> dict:
-    """In fp64, with trajectories of agents among the sequences, a reference policy of other weights, and a teacher."""
+    """Return a spec in fp64 with agents' trajectories, a teacher, and a reference policy of other weights."""
     options = {"dtype": "float64", "algorithms": ALGORITHMS, "reference_scale": 1.1}
     return with_teacher(with_trajectories(make_spec(model, **options | changes)))
 

@@ -1,4 +1,4 @@
-"""One rank of a parallel test: trains one step of a given plan and writes gradients, weights and log-probs.
+"""Runs one rank of a parallel test: trains one step of a given plan and writes gradients, weights and log-probs.
 
 Run by tests/parallel.py. The spec names a model directory, a layout, sequences and how to train them.
 """
@@ -67,7 +67,7 @@ def sequences_from(spec: dict) -> list[TrainSequence]:
 
 
 def token_advantages(row: dict) -> np.ndarray:
-    """As rank 0 works them out."""
+    """Return the advantages of a row's tokens, computed as rank 0 does."""
     recorded, teacher = np.array(row["rollout_logprobs"], np.float32), row.get("teacher_logprobs")
     segment = Segment(
         prompt_ids=np.zeros(1, np.int32),
@@ -85,7 +85,7 @@ def token_advantages(row: dict) -> np.ndarray:
 def whole_logprobs(
     logprobs: list[torch.Tensor], placed: Sequence[Sequence[int]], sequences: list[TrainSequence], context: TrainContext
 ) -> dict[str, torch.Tensor]:
-    """The log-probs of every sequence of this data rank, joined over context-parallel ranks; on the first of them."""
+    """Return the log-probs of every sequence of this data rank on its first context-parallel rank; {} on others."""
     rank, size = mpu.get_context_parallel_rank(), context.layout.context
     out = {}
     for part, bin_ in zip(logprobs, placed, strict=True):
@@ -104,7 +104,10 @@ def whole_logprobs(
 
 
 class RouterCalls:
-    """What the routers of this rank used, call by call: [calls][tokens, topk], a token's experts in ascending order."""
+    """Records the experts that the routers of this rank used.
+
+    by_layer: for each layer [calls][tokens, topk], with a token's experts in ascending order.
+    """
 
     def __init__(self, context: TrainContext) -> None:
         self.by_layer: dict[int, list[torch.Tensor]] = {}
@@ -115,8 +118,10 @@ class RouterCalls:
         self.by_layer.setdefault(layer, []).append(routing_map.nonzero()[:, 1].view(len(routing_map), -1))
 
     def check(self, placed: Sequence[Sequence[int]], sequences: list[TrainSequence], context: TrainContext) -> int:
-        """Every call used the experts that came with a micro-batch, all micro-batches equally often, and in their order
-        as long as nothing goes backward. Returns how often that was."""
+        """Check that every call used the experts that came with a micro-batch, and return how often each came.
+
+        All micro-batches come equally often, and in their order as long as nothing goes backward.
+        """
         size, tensor = context.layout.context, context.layout.tensor
         times = set()
         for layer, calls in self.by_layer.items():
@@ -144,7 +149,10 @@ class RouterCalls:
 
 
 def own_routing(context: TrainContext, sequences: list[TrainSequence], calls: RouterCalls) -> dict[str, torch.Tensor]:
-    """Log-probs of each sequence as the routers choose, and when they are given just that. One process."""
+    """Return log-probs of each sequence with experts that the routers choose, and with the same experts given.
+
+    It needs a layout of one process.
+    """
     out = {}
     for i, sequence in enumerate(sequences):
         calls.by_layer.clear()
@@ -179,7 +187,7 @@ def factors(context: TrainContext, read: Callable[[torch.Tensor], torch.Tensor])
 
 
 def poison_next_gradient(context: TrainContext) -> None:
-    """Of one parameter of this rank, once."""
+    """Make the next gradient of one parameter of this rank NaN, once."""
     parameter = trained(context)[-1]
 
     def poison(gradient: torch.Tensor) -> torch.Tensor:
@@ -190,7 +198,7 @@ def poison_next_gradient(context: TrainContext) -> None:
 
 
 def die_in_the_backward_pass(context: TrainContext, folder: Path) -> None:
-    """By SIGKILL, while the others are in it too, or in a collective behind it."""
+    """Kill this rank by SIGKILL in its next backward pass, while the other ranks are in it or in a later collective."""
     parameter = trained(context)[-1]
 
     def die(gradient: torch.Tensor) -> torch.Tensor:
@@ -206,8 +214,10 @@ def trained(context: TrainContext) -> list[torch.nn.Parameter]:
 
 
 def masters(context: TrainContext) -> dict[str, torch.Tensor]:
-    """The optimizer's fp32 weights of this rank: the share that the model's are the rounding of, and the share that is
-    no more than its own rounding."""
+    """Compare the model's weights with the optimizer's fp32 weights of this rank.
+
+    Return the share of weights that are their rounding, and the share of fp32 weights that bf16 holds exactly.
+    """
     read = context.trainer.offloader.read
     pairs = [
         (weight, read(master.detach()))
@@ -225,8 +235,10 @@ def masters(context: TrainContext) -> dict[str, torch.Tensor]:
 
 
 def leave_and_come_back(context: TrainContext) -> None:
-    """Gradients and states are off the device for a while, and then in the same tensors again, but for what lives in
-    host memory: fp32 weights are looked at, which bf16 ones have beside them."""
+    """Check that gradients and states leave the device and come back in the same tensors.
+
+    Parts that live in host memory do not come back. fp32 weights stay; the fp32 copies of bf16 ones leave.
+    """
     parts = context.trainer.optimizer.chained_optimizers
     mains = [p for part in parts for group in part.optimizer.param_groups for p in group["params"]]
     leaving = [p.main_grad for p in trained(context)] + (mains if context.model.dtype == torch.bfloat16 else [])
@@ -242,7 +254,8 @@ def leave_and_come_back(context: TrainContext) -> None:
 
 
 def assert_a_pass_waits_for_all_weights(context: TrainContext, batches: Prefetch) -> None:
-    """After a step: those that no forward hook of megatron's waits for may be there by chance."""
+    """Check after a step that a pass waits for all weights, also for those whose module has no forward hook of
+    megatron's."""
     context.trainer.logprobs(batches)
     for chunk in context.model.chunks:
         for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
@@ -251,7 +264,7 @@ def assert_a_pass_waits_for_all_weights(context: TrainContext, batches: Prefetch
 
 
 def watch_host(context: TrainContext) -> list[str]:
-    """Gets what the host waits for in the forward and backward passes of the next step."""
+    """Return a list that gets what the host waits for in the forward and backward passes of the next step."""
     found: list[str] = []
     run = context.trainer._run
 
@@ -266,7 +279,7 @@ def watch_host(context: TrainContext) -> list[str]:
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, *_: Any, scale: float | None, **__: Any) -> Tensor:
-    """What flash attention computes of packed sequences, for which it wants a GPU; without a look at what they hold."""
+    """Compute on a CPU what flash attention computes of packed sequences. The host reads no values."""
     places = torch.arange(len(q))
     sequence = torch.searchsorted(starts, places, right=True)
     seen = (sequence[:, None] == sequence) & (places[:, None] >= places)

@@ -1,4 +1,4 @@
-"""Ports for what a test starts by number.
+"""Finds free ports for what a test starts.
 
 The kernel gives any port of its own range to whatever connects next, so one that it named as free a moment ago may be
 another program's when ours comes to listen there. These are outside of that range.

@@ -1,4 +1,4 @@
-"""One rank of a weight push: a trainer's model goes to running servers over a process group. Run by tests/parallel.py.
+"""Runs one rank of a weight push: a trainer's model goes to running servers. tests/parallel.py starts it.
 
 The spec names the model that the trainer has, its layout and the servers' urls. Rank 0 writes what the servers say.
 """
@@ -62,7 +62,7 @@ def session_of(spec: dict[str, Any], folder: Path) -> TrainContext:
 
 
 class Servers:
-    """Rank 0's: the one at spec["url"] or two of its own, and their pool. Others have only the word of rank 0."""
+    """Holds rank 0's servers, the one at spec["url"] or two of its own, and their pool. Other ranks have none."""
 
     def __init__(self, spec: dict[str, Any], folder: Path) -> None:
         rollout = RolloutSection(
@@ -101,7 +101,7 @@ class Servers:
         return dataclasses.replace(self.receivers, late=True)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        """As the collector's, which gives up when a signal came."""
+        """Run the coroutine, or raise StopRequested if the test asked for a stop, as after a signal."""
         if self.stop_requested:
             work.close()
             raise StopRequested("stopped by the test")
@@ -119,7 +119,7 @@ class Servers:
         return [str(answer.json()["weight_version"]) for answer in asked]
 
     def survivor(self) -> dict[str, Any]:
-        """What each server has that the pool still trusts after a push, by its number."""
+        """Return the checksums of each server that the pool still trusts after a push, by the server's number."""
         serving = {member.client.url for member in self.pool.serving}
         return {str(i): self.checksums_at(url) for i, url in enumerate(self.urls) if url in serving}
 
@@ -129,7 +129,7 @@ class Servers:
         return dict(answer.json()["checksums"])
 
     def kill_and_wait(self, number: int) -> None:
-        """It is there again before the pool knows that it was gone."""
+        """Kill a server, and wait until it is back before the pool knows that it was gone."""
         gone = self.pids()[number]
         os.kill(gone, signal.SIGKILL)
         deadline = time.monotonic() + 60
@@ -140,8 +140,10 @@ class Servers:
         self.supervisor._kept[number].server.wait_ready(30)
 
     def keep_down(self, number: int) -> list[str]:
-        """The server of this number is killed, and not started again before `supervisor.let_go`. Returns a list: what
-        version it has when the pool gives it work again."""
+        """Kill a server and let it stay down until `supervisor.let_go`.
+
+        Return a list that gets the server's version of the weights when the pool gives it work again.
+        """
         assert self.supervisor is not None
         self.supervisor.hold()
         pool, url, found = self.pool, self.urls[number], list[str]()
@@ -168,7 +170,7 @@ class Servers:
             time.sleep(0.05)
 
     def at_a_bucket(self, transport: Any, number: int, how: signal.Signals) -> None:
-        """The signal comes when a part of the weights has been sent."""
+        """Send a signal to a server when a part of the weights has been sent."""
         pid, send, count = self.pids()[number], transport._sender.send, itertools.count()
 
         def disturbed(*arguments: Any) -> None:
@@ -221,7 +223,7 @@ def layouts(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[s
             if servers:
                 found |= {"checksums": servers.checksums(), "sent": len(transport.buckets)}
                 report["pushes"].append(found)
-                # Behind the trainer's back: other weights under the right name.
+                # The server gets other weights under the right version, unknown to the trainer.
                 client = servers.pool.serving[0].client
                 servers.loop.run(client.update_weights_from_disk(Path(spec["damaged"]), str(number + 1)))
             transport.close()
@@ -238,7 +240,7 @@ def layouts(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[s
 
 
 def gather(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What each rank has of the model once its buckets are filled, if the ranks were on spec["nodes"]."""
+    """Fill the buckets as if the ranks were on spec["nodes"], and return each rank's span and checksums of tensors."""
     node = spec["nodes"][context.rank]
     transport = IpcTransport(context.model, context.control, 20_000, node, (), 1, 0, 10.0)
     sums = {}
@@ -254,7 +256,7 @@ def gather(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[st
 
 
 def faults(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Servers that go between two pushes and in the middle of one. The other rank must never be left waiting."""
+    """Push while servers are lost, between two pushes and during one. The other rank must never be left waiting."""
     servers = Servers(spec, folder) if context.rank == 0 else None
     key_of = servers.key_of if servers else no_key
     where = (context.model, context.control, 60_000, "127.0.0.1", SILENCE_SECONDS)
@@ -262,7 +264,7 @@ def faults(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[st
     report: dict[str, Any] = {}
 
     def push(version: int, transport: Transport = transport, late: bool = False) -> str:
-        """What went wrong, "" for nothing; rank 0's word on every rank, and a collective that must still match."""
+        """Push and return rank 0's error, or "", on every rank. The collective that shares it must still match."""
         said = ""
         try:
             transport.push(version, (servers.late if late else servers.receivers) if servers else None)
@@ -271,7 +273,7 @@ def faults(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[st
         return str(shared(said, context.control))
 
     def scenario(name: str, disturb: Callable[[Servers], object]) -> None:
-        """All servers have the other model; then something happens, and pushes follow until one succeeds."""
+        """Load the other model into all servers, disturb them, and push until a push succeeds."""
         before: list[int] = []
         if servers:
             servers.loop.run(settled(servers.pool))
@@ -361,7 +363,7 @@ def while_restarting(servers: Servers | None, transport: Transport, push: Callab
 
 
 def without_communicator(context: TrainContext, servers: Servers | None, push: Callable[..., str]) -> list[str]:
-    """What comes of pushes, in a group of their own, whose first broadcast raises as NCCL's does."""
+    """Return the errors of two pushes in a group of their own. The first broadcast raises an error of NCCL."""
     key_of = servers.key_of if servers else no_key
     transport = DistributedTransport(
         context.model, context.control, 60_000, "127.0.0.1", SILENCE_SECONDS, key_of=key_of
@@ -411,8 +413,9 @@ def received(context: TrainContext, spec: dict[str, Any], folder: Path) -> list[
 
 
 def timed(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """One rank and its server: seconds of pushes over each of spec["transports"] beside a copy on the device; over the
-    first of them also what comes of a server that is killed in a push, and of memory that is released.
+    """Measure pushes of one rank to its server, over each of spec["transports"], beside a copy on the device.
+
+    Over the first transport, also test a server that is killed in a push, and memory that is released.
 
     difference: mean |trainer - server log-prob| of a few tokens, behind a push of weights that the server had not.
     """
@@ -445,7 +448,7 @@ def timed(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[str
         return max(mean_differences(context.trainer, servers.scores(), context.control))
 
     def change() -> int:
-        """Other weights than the server has, to and fro; returns what they are called."""
+        """Change the weights to and fro, so that the server lacks them, and return their version."""
         number = next(version)
         with torch.no_grad():
             for p in context.model.parameters():
@@ -510,7 +513,7 @@ def timed(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[str
 
 
 def copy_seconds(num_bytes: int) -> float:
-    """Of so many bytes from one place of the device's memory to another, 512 MiB at a time."""
+    """Return the median seconds of a copy of so many bytes within the device's memory, 512 MiB at a time."""
     piece = min(num_bytes, 2**29)
     source = torch.ones(piece, dtype=torch.uint8, device=device.torch_device())
     target = torch.zeros_like(source)

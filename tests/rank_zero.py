@@ -1,4 +1,4 @@
-"""Rank 0 without servers and without a model: a source of groups that a test fills, and a context of one process."""
+"""Stands in for rank 0's surroundings: a source of groups that a test fills, and a context of one process."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -37,14 +37,14 @@ micro_batch_tokens = 128
 
 
 def config_of(folder: Path, *changes: str) -> RlConfig:
-    """The configuration above in `folder`, with `changes` of the form a.b=value."""
+    """Return the configuration above, written in `folder`, with `changes` of the form a.b=value."""
     (folder / "config.toml").write_text(CONFIG, encoding="utf-8")
     (folder / "run").mkdir(exist_ok=True)
     return load_config(RlConfig, folder / "config.toml", [f"run_dir={folder / 'run'}", *changes])
 
 
 def group(position: int, lengths: Sequence[int], version: int = 0, rewards: Sequence[float] = (1.0, 0.0)) -> Group:
-    """A scored group whose responses have these numbers of tokens."""
+    """Make a scored group whose responses have these numbers of tokens."""
     segments = [make_segment(length, version, num_prompt_tokens=3) for length in lengths]
     samples = (
         replace(make_trajectory(position, index, [segment], reward), advantage=reward - 0.5)
@@ -101,7 +101,7 @@ class FakeGroups:
 
 
 def context_of(config: RlConfig, control: Any, latest: int | None = None) -> Any:
-    """What the orchestrator uses of a context."""
+    """Return a stand-in for a context with what the orchestrator uses of one."""
     return SimpleNamespace(
         control=control,
         resume=True,
@@ -117,7 +117,7 @@ def context_of(config: RlConfig, control: Any, latest: int | None = None) -> Any
 
 
 def result(difference: float = 1e-6, skipped: bool = False) -> StepResult:
-    """What an optimizer step reports."""
+    """Return a made-up report of an optimizer step."""
     metrics = {
         "loss": 0.1,
         "entropy": 1.0,

@@ -1,4 +1,4 @@
-"""The models and the C3PO loss written down once more, plainly, in fp64 with autograd.
+"""Computes the models and the C3PO loss a second time, plainly, in fp64 with autograd.
 
 Derived from the model's description and the paper's Eq. 2; shares no code with the package.
 """
@@ -27,7 +27,7 @@ def forward(
     routers: dict[int, list[Tensor]] | None = None,
     routed: Any = None,
 ) -> Tensor:
-    """Logits [n, V] of one sequence.
+    """Return the logits [n, V] of one sequence.
 
     routers: by layer, where the router's logits [n, E] are put down. routed: [n - 1][layers][topk], the experts to use
     in place of the router's choice; the last token keeps it.
@@ -55,7 +55,7 @@ def _embedding(w: dict[str, Tensor]) -> str:
 
 
 def routed_by(model_dir: Path, ids: list[int]) -> Any:
-    """int64 [n, layers, topk]: the experts that each token goes to, ascending; 0 in dense layers."""
+    """Return the experts that each token goes to, int64 [n, layers, topk]: ascending, and 0 in dense layers."""
     config, weights = load_reference(model_dir)
     routers: dict[int, list[Tensor]] = {}
     with torch.no_grad():
@@ -104,7 +104,7 @@ def _attention(config: dict[str, Any], w: dict[str, Tensor], p: str, x: Tensor) 
 
 
 def _rotate(x: Tensor, angle: Tensor) -> Tensor:
-    """x [n, d], angle [n, r]: the first 2r of d are rotated."""
+    """Rotate the first 2r of the d dimensions. x [n, d], angle [n, r]."""
     r = angle.shape[1]
     a, b = x[:, :r], x[:, r : 2 * r]
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), x[:, 2 * r :]], -1)
@@ -133,7 +133,7 @@ def _moe(config: dict[str, Any], w: dict[str, Tensor], p: str, x: Tensor, given:
 
 
 def _scores(config: dict[str, Any], logits: Tensor) -> Tensor:
-    """Softmax over experts; in BailingMoeV2 the sigmoid of each."""
+    """Return the softmax over experts, or for BailingMoeV2 the sigmoid of each logit."""
     return 1 / (1 + (-logits).exp()) if _is_v2(config) else logits.softmax(-1)
 
 
@@ -142,7 +142,7 @@ def _is_v2(config: dict[str, Any]) -> bool:
 
 
 def _choose(config: dict[str, Any], scores: Tensor, bias: Tensor | None) -> list[int]:
-    """The experts of one token by its scores [E], best first; of equal ones the first.
+    """Return the experts of one token by its scores [E], best first; among equal ones, the first.
 
     The bias moves the choice. Of the groups those count whose two best add up to most.
     """
@@ -155,7 +155,7 @@ def _choose(config: dict[str, Any], scores: Tensor, bias: Tensor | None) -> list
 
 
 def logprobs_and_entropy(config: dict[str, Any], w: dict[str, Tensor], row: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Of the tokens behind the prompt, or of those at "loss_positions", [m] each."""
+    """Return log-probs and entropies of the tokens behind the prompt, or of those at "loss_positions", [m] each."""
     ids = row["token_ids"]
     at = loss_positions(row)
     logits = forward(config, w, ids, routed=row.get("routed_experts"))
@@ -168,7 +168,7 @@ def loss_positions(row: dict[str, Any]) -> list[int]:
 
 
 def rows_by_sample(spec: dict[str, Any]) -> dict[int, list[int]]:
-    """Which sequences are segments of one sample, by the first of them; others are samples of their own."""
+    """Return the sequences of each sample, by the first of them. A sequence without "sample" is one by itself."""
     found: dict[int, list[int]] = {}
     for i, row in enumerate(spec["sequences"]):
         found.setdefault(row.get("sample", i), []).append(i)
@@ -178,9 +178,10 @@ def rows_by_sample(spec: dict[str, Any]) -> dict[int, list[int]]:
 def policy_loss(
     config: dict[str, Any], w: dict[str, Tensor], spec: dict[str, Any], algorithm: dict[str, Any]
 ) -> Tensor:
-    """C3PO, GRPO or GSPO as their papers write them, with an entropy bonus and a k3 KL to `w` itself. A teacher adds
-    beta * (log p_teacher - log p_student) to a token's advantage; for that GSPO's paper has GSPO-token, whose gradient
-    is GSPO's where all tokens have one advantage.
+    """Return the loss of C3PO, GRPO or GSPO as their papers write it, with an entropy bonus and a k3 KL to `w`.
+
+    A teacher adds beta * (log p_teacher - log p_student) to a token's advantage. For that GSPO's paper has GSPO-token,
+    whose gradient is GSPO's if all tokens have one advantage.
 
     The present weights are `reference_scale` times `w`. The old log-probs of a response's stale tokens are those
     that were recorded, of the others the present ones. A sample of several sequences has the mean over them of each
@@ -213,7 +214,9 @@ def policy_loss(
 def router_losses(
     config: dict[str, Any], w: dict[str, Tensor], spec: dict[str, Any], micro_batches: list[list[int]]
 ) -> tuple[Tensor, Tensor]:
-    """Summed over layers: the balance loss, a token-weighted mean over micro-batches; the z-loss, a mean over tokens.
+    """Return the router losses, summed over layers.
+
+    They are the balance loss, a token-weighted mean over micro-batches, and the z-loss, a mean over tokens.
 
     micro_batches: indices of the sequences of each. The balance loss of one with T tokens, N_i of whose T * topk
     choices fell on expert i of E, and with probabilities p, is E * sum_i N_i / (T * topk) * mean_t p_ti. Sigmoids

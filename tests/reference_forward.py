@@ -1,4 +1,4 @@
-"""A BailingMoE forward pass that shares nothing with ours: plain loops in fp64."""
+"""Computes a BailingMoE forward pass in plain fp64 loops. It shares no code with the package."""
 
 import math
 
@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 
 def reference_logprobs(directory, config, ids):
-    """Log-probs [L, V] in fp64, token by token, head by head, expert by expert."""
+    """Return the log-probs [L, V] in fp64, computed token by token, head by head and expert by expert."""
     w = {name: tensor.double().numpy() for name, tensor in load_file(directory / "model.safetensors").items()}
     h, nq, nkv = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
     d, eps = config.get("head_dim") or h // nq, config["rms_norm_eps"]

@@ -1,4 +1,4 @@
-"""Scored samples, and plans over them, for tests of what plans and of what uses a plan."""
+"""Makes scored samples and plans over them, for tests of what makes and uses plans."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from megatron_rl.records import Group, Response, Sample, Segment
 
 
 def make_sample(prompt_id: int, index: int, length: int, version: int = 3, reward: float = 1.0) -> Sample:
-    """A continuation of `length` tokens."""
+    """Make a sample that continues its prompt by `length` tokens."""
     return make_trajectory(prompt_id, index, [make_segment(length, version)], reward)
 
 
@@ -23,7 +23,7 @@ def make_trajectory(prompt_id: int, index: int, segments: Sequence[Segment], rew
 def make_segment(
     length: int, version: int = 3, turns: Sequence[tuple[int, int]] | None = None, num_prompt_tokens: int = 4
 ) -> Segment:
-    """`length` output tokens, of which the policy sampled those of `turns`, or all."""
+    """Make a segment of `length` output tokens, of which the policy sampled those of `turns`, or all."""
     count = length if turns is None else sum(stop - start for start, stop in turns)
     return Segment(
         prompt_ids=np.arange(num_prompt_tokens, dtype=np.int32),

@@ -1,4 +1,4 @@
-"""Whether this machine can hold hostile code, for tests that need it to, and work as another user."""
+"""Tells whether this machine can run hostile code, for tests that need it, and runs work as another user."""
 
 import os
 import pickle
@@ -8,12 +8,15 @@ from typing import Any
 from megatron_rl.reward.sandbox import SandboxUnavailable
 
 ORDINARY_USER = 54321
-# Who runs the tests, and where that is root an ordinary user too.
+# The user who runs the tests. If that is root, an ordinary user too.
 USERS = [os.geteuid(), *([ORDINARY_USER] if os.geteuid() == 0 else [])]
 
 
 def why_not(start: Callable[[], object]) -> str:
-    """Why `start` finds no sandbox, empty when it does; RuntimeError where MEGATRON_RL_NEED_SANDBOX says it must."""
+    """Return why `start` finds no sandbox; "" when it finds one.
+
+    Raise RuntimeError when there is none but MEGATRON_RL_NEED_SANDBOX is set.
+    """
     try:
         start()
     except SandboxUnavailable as missing:
@@ -24,7 +27,7 @@ def why_not(start: Callable[[], object]) -> str:
 
 
 def as_user(user: int, work: Callable[[], Any]) -> Any:
-    """`work()` in a child that belongs to `user`; what it returns or raises."""
+    """Run `work()` in a child process that belongs to `user`. Return what it returns, or raise what it raises."""
     if user == os.geteuid():
         return work()
     read_end, write_end = os.pipe()

@@ -1,4 +1,4 @@
-"""What a real generation server says."""
+"""Asks a real generation server and returns its answers."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from megatron_rl.rollout.server import GenerationServer
 
 
 def answers(server: GenerationServer, bodies: list[dict[str, Any]], *, seconds: float) -> list[Any]:
-    """To each body that /generate gets, one after the other. Waits for the server and stops it afterwards."""
+    """Wait for the server, post each body to /generate in turn, stop the server, and return the answers."""
     try:
         server.wait_ready(seconds)
         url = f"{server.url}/generate"
@@ -20,7 +20,7 @@ def answers(server: GenerationServer, bodies: list[dict[str, Any]], *, seconds: 
 def input_logprobs(
     server: GenerationServer, sequences: list[list[int]], *, max_new_tokens: int, seconds: float
 ) -> list[list[float | None]]:
-    """Of every token of each sequence, the first without one."""
+    """Return the log-prob of every token of each sequence. The first token has none."""
     body = {
         "input_ids": sequences,
         "sampling_params": {"max_new_tokens": max_new_tokens},

@@ -1,4 +1,4 @@
-"""A file system of a few megabytes, where a test may mount one."""
+"""Makes a file system of a few megabytes, on machines where a test may mount one."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ NO_MOUNT = "mounting a small tmpfs needs root and CAP_SYS_ADMIN"
 
 @contextmanager
 def small_disk(folder: Path, num_bytes: int) -> Iterator[bool]:
-    """False where mounting is not allowed; `folder` is then a plain one."""
+    """Mount a small file system on `folder`. Yield False, with a plain folder, when mounting is not allowed."""
     folder.mkdir(parents=True)
     mounted = os.geteuid() == 0 and _mount(f"size={num_bytes}", "-t", "tmpfs", "tmpfs", str(folder))
     try:

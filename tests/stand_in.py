@@ -1,4 +1,4 @@
-"""A stand-in for an OpenAI-compatible endpoint, in this process."""
+"""Stands in for an OpenAI-compatible endpoint, in this process."""
 
 import http.server
 import json
@@ -55,7 +55,7 @@ class StandIn(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def stand_in(model: str) -> Iterator[tuple[str, type[StandIn]]]:
-    """Its url, and the class whose attributes say what it does."""
+    """Run an endpoint. Yield its URL, and the class whose attributes say what it does."""
     handler = type("Scripted", (StandIn,), {"model": model, "replies": [], "asked": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))

@@ -1,4 +1,4 @@
-"""A generation server under test, and a trainer's end of its update groups."""
+"""Holds a generation server under test, and the trainer's end of its update groups."""
 
 import concurrent.futures
 import contextlib
@@ -26,7 +26,7 @@ from megatron_rl.stores import host_store
 ROOT = Path(__file__).parents[1]
 CONTEXT, SLOTS = 1024, 4
 PROMPT = [5, 6, 7]
-# Of a request that a test is going to abort; one that it lets finish gets the `long_tokens` of its server.
+# The length of a response that a test aborts. One that may finish gets its server's `long_tokens`.
 ENDLESS_TOKENS = 1000
 FLAGS = (
     "--hidden-size 64 --layers 3 --experts 6 --moe-intermediate-size 32 --shared-experts 1 --first-k-dense-replace 1"
@@ -40,7 +40,7 @@ class Model:
 
 
 def make_models(folder: Path) -> tuple[Model, Model]:
-    """Two models of one shape; every token of a response tells them apart."""
+    """Make two models of one shape that draw different tokens everywhere."""
     models = []
     for seed in (0, 1):
         path = folder / f"model{seed}"
@@ -53,7 +53,7 @@ def make_models(folder: Path) -> tuple[Model, Model]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """What one kind of server can do and another cannot."""
+    """Says what one kind of server can do that another cannot."""
 
     seeds: bool  # sampling_seed repeats a response
     whole: bool  # an update that failed leaves the old weights as they were
@@ -62,7 +62,7 @@ class Kind:
 
 
 class Subject:
-    """A running server and its client. Serves `first` under version "0" at the start and after every `reset`."""
+    """Holds a running server and its client. It serves `first` as version "0" at the start and after each `reset`."""
 
     def __init__(self, process: GenerationServer, models: tuple[Model, Model], kind: Kind) -> None:
         self.process, self.kind = process, kind
@@ -78,7 +78,7 @@ class Subject:
         self.process.stop()
 
     def reset(self) -> None:
-        """Nothing in flight, no session open, the first weights."""
+        """Leave no request in flight and no session open, and load the first weights."""
         self.post("/continue_generation")
         self.post("/abort_request", abort_all=True)
         self.wait_idle()
@@ -90,7 +90,7 @@ class Subject:
         return self.http.post(path, json=body)
 
     def generate(self, input_ids: Any, body: dict[str, Any] | None = None, **sampling: Any) -> Any:
-        """With log-probs unless `body` says otherwise."""
+        """Return the answer of /generate, with log-probs unless `body` says otherwise."""
         answer = self.post(
             "/generate", **{"input_ids": input_ids, "sampling_params": sampling, "return_logprob": True} | (body or {})
         )
@@ -98,7 +98,7 @@ class Subject:
         return answer.json()
 
     def start(self, *prompts: Any, rid: str | None = None, tokens: int = ENDLESS_TOKENS) -> "list[Future[Any]]":
-        """Generate calls in flight, one a prompt; returns once those that find a slot have drawn tokens.
+        """Start one generate call for each prompt. Return when those that find a slot have drawn tokens.
 
         rid: their ids are this and their number.
         """
@@ -140,13 +140,13 @@ class Subject:
         raise AssertionError("the stream ended without [DONE]")
 
     def scores(self, ids: list[int]) -> list[float]:
-        """Log-probs of ids[1:]."""
+        """Return the log-probs of ids[1:]."""
         answer = self.generate(ids, {"logprob_start_len": 0}, max_new_tokens=0)
         return [entry[0] for entry in answer["meta_info"]["input_token_logprobs"]][1:]
 
     @functools.cached_property
     def next_tokens(self) -> Tensor:
-        """Log-probs [V] of the token after PROMPT under the first weights, scored token by token; fp64."""
+        """Return the fp64 log-probs [V] of the token after PROMPT under the first weights, scored token by token."""
         vocab = json.loads((self.first.path / "config.json").read_text())["vocab_size"]
         answers = self.generate(
             [[*PROMPT, token] for token in range(vocab)], {"logprob_start_len": 0}, max_new_tokens=0
@@ -157,7 +157,7 @@ class Subject:
         return str(self.http.get("/model_info").json()["weight_version"])
 
     def load(self, model: Model, version: str, **more: Any) -> httpx.Response:
-        """From disk. Without flush_cache: real SGLang ends itself when that finds a request which has just ended."""
+        """Load weights from disk, without flush_cache: it can end real SGLang when a request has just ended."""
         body = {"model_path": str(model.path), "weight_version": version, "flush_cache": False}
         return self.post("/update_weights_from_disk", **body | more)
 
@@ -169,7 +169,7 @@ class Subject:
 
 
 class Sender:
-    """Rank 0 of an update group with one server."""
+    """Is rank 0 of an update group with one server."""
 
     def __init__(self, server: Subject, name: str) -> None:
         self.server, self.name = server, name
@@ -180,7 +180,7 @@ class Sender:
         assert answer.result().json()["success"], answer.result().text
 
     def announce(self, tensors: dict[str, Tensor], *, flat: bool = True, **more: Any) -> "Future[httpx.Response]":
-        """The call alone, which waits for the broadcasts."""
+        """Send the call that announces the tensors. Its answer comes after the broadcasts."""
         body = {
             "names": list(tensors),
             "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],

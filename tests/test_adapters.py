@@ -1,4 +1,4 @@
-"""What goes with adapters and what does not, without ranks."""
+"""Checks which settings and models LoRA adapters can be combined with, without ranks."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The example agents, with a policy that is told what to say."""
+"""Tests the example agents with a policy whose words are given."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,7 @@ def module(name: str):
 
 
 def halving(read: str) -> str:
-    """The middle of what the hints have left."""
+    """Return the middle of the range that the hints so far leave."""
     low, high = 0, 9
     said = [part.partition("<|end|>")[0] for part in read.split("<|start|>")[1:]]
     guess = None
@@ -71,7 +71,7 @@ def test_the_game_is_won_by_who_listens(tmp_path, say, wins) -> None:
 
 
 class Halving:
-    """A policy that takes the middle of what the hints have left."""
+    """Stands in for a policy that guesses the middle of the range that the hints leave."""
 
     async def chat(self, messages, max_tokens):
         read = "".join(f"<|start|>{one['role']}\n{one['content']}<|end|>" for one in messages)
@@ -105,7 +105,7 @@ def test_an_environment_of_openenv_is_played_in(monkeypatch, tmp_path) -> None:
 
 
 class Told:
-    """A policy that calls the tool with each program, and then answers."""
+    """Stands in for a policy that calls the tool with each program and then answers."""
 
     def __init__(self, *programs: str) -> None:
         self._programs, self.results = list(programs), []

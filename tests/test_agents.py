@@ -1,4 +1,4 @@
-"""Agents and the process that runs them: what one does wrong costs its own trajectory, and nothing of it is left."""
+"""Tests agents and the process that runs them: a bad agent costs only its own trajectory, and leaves nothing behind."""
 
 import asyncio
 import os
@@ -61,7 +61,7 @@ def sampler_of(tokenizer, folder, say=lambda _: "yes", servers=None, turns=None,
 
 
 def groups_of(tokenizer, folder, questions, **more):
-    """The group of each question."""
+    """Sample the group of each question. Return the groups and the counts."""
     sampler, rewards = sampler_of(tokenizer, folder, **more)
 
     async def run():
@@ -83,7 +83,7 @@ def ids_of(tokenizer, text):
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-# What an agent says --------------------------------------------------------------------------------------------------
+# Results of agents ---------------------------------------------------------------------------------------------------
 
 
 def test_a_score_is_the_reward_and_without_one_the_last_message_is_judged(tokenizer, tmp_path) -> None:

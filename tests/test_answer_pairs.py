@@ -1,4 +1,4 @@
-"""The judges of answers on labelled pairs: `make test` takes every eighth, `make test-answers` all of them."""
+"""Tests the judges on labelled pairs of answers: `make test` takes every eighth, `make test-answers` all of them."""
 
 import json
 import os

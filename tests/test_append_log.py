@@ -1,4 +1,4 @@
-"""Responses are written as they come: in bounded memory, off the event loop, whole groups whatever ends it."""
+"""Tests that responses are written as they come: in bounded memory, off the event loop, and in whole groups."""
 
 import asyncio
 import errno
@@ -79,7 +79,7 @@ def test_the_first_that_is_done_comes_first_and_a_failure_ends_the_others(caplog
 
 
 def test_the_work_of_waiting_is_proportional_to_what_is_waited_for() -> None:
-    """Whoever waits for the first of all of them asks each of them to call back, each time."""
+    """Check that waiting for the next result does not ask every task to call back each time."""
     num_asked = 0
 
     class Counted(asyncio.Task[int]):
@@ -108,11 +108,11 @@ def question(index: int) -> Question:
 
 
 class Tracked(np.ndarray):
-    """An array that a weak reference can be made to."""
+    """Is an array that a weak reference can be made to."""
 
 
 class FakeSampler(Sampler):
-    """Its groups come at once. most_alive: of them that were in memory at once."""
+    """Gives its groups at once. most_alive: the most groups that were in memory at one time."""
 
     def __init__(self) -> None:
         rollout = RolloutSection(

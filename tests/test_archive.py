@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of a rollout phase comes back as it was."""
+"""Checks that a checkpoint restores what it keeps of a rollout phase."""
 
 from dataclasses import replace
 
@@ -65,7 +65,7 @@ groups = st.builds(
 
 
 def plain(value: object) -> object:
-    """Comparable with ==, arrays with their types."""
+    """Return the value in a form that == compares, arrays with their types."""
     if isinstance(value, np.ndarray):
         return value.dtype.str, value.shape, value.tolist()
     if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""Who computes each part, for every combination of configuration, device and packages."""
+"""Checks which package computes each part, for every combination of configuration, device and packages."""
 
 import itertools
 
@@ -49,7 +49,7 @@ def test_the_best_that_has_been_measured_is_chosen() -> None:
 
 
 def test_who_adds_up_the_gradients_of_weights() -> None:
-    """Of linear layers and of routed experts."""
+    """Check who adds up the weight gradients of linear layers and of routed experts."""
 
     def gradients(installed: Installed, **options: str) -> tuple[str, str, str]:
         chosen = choose(section(**options), BAILING, Layout(world_size=1), installed)

@@ -1,4 +1,4 @@
-"""tools/bench_host.py: what is timed exists, replies are what the client reads, and what follows from the seconds."""
+"""Tests tools/bench_host.py: what it times exists, the client reads its replies, and its conclusions are right."""
 
 import asyncio
 import base64

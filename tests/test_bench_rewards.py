@@ -1,4 +1,4 @@
-"""tools/bench_rewards.py on a file made on the spot."""
+"""Tests tools/bench_rewards.py on a file that the test writes."""
 
 import json
 import subprocess
@@ -35,7 +35,7 @@ def counts(judged: dict) -> tuple[float, int, int]:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """What the tool says of ROWS, of a file beside which rules were made, and of one that nobody has seen."""
+    """Return the tool's results for ROWS, for a file that the rules were made with, and for an unseen one."""
     folder = tmp_path_factory.mktemp("pairs")
     pairs, known, unseen = (folder / f"{name}.jsonl" for name in ("pairs", "answers2_dev", "held_out"))
     pairs.write_text("".join(json.dumps(row) + "\n" for row in ROWS))

@@ -1,4 +1,4 @@
-"""The token budget: exact, conserving, deterministic, without a preference for short responses."""
+"""Tests that the token budget is exact, conserving and deterministic, and does not prefer short responses."""
 
 import asyncio
 import itertools
@@ -104,7 +104,7 @@ def test_lengths_of_selected_responses_are_those_of_the_candidates() -> None:
 
 @given(halves=st.lists(st.integers(1, 50), min_size=1, max_size=40), seed=st.integers(0, 99))
 def test_a_budget_of_half_the_tokens_trains_half_of_every_response_on_average(halves: list[int], seed: int) -> None:
-    # Exact, pair by pair: what an order cuts or leaves of a response, the reversed and equally likely order trains.
+    # Each pair of orders is exact: what one cuts or leaves of a response is trained by its reverse, as likely as it.
     lengths = [2 * half for half in halves]
     order = list(range(len(lengths)))
     random.Random(seed).shuffle(order)
@@ -144,7 +144,7 @@ def test_several_steps_select_what_single_steps_in_turn_would(
 
 
 def brings(mean: float, deviation: float = 0.0) -> PromptYield:
-    """What two prompts brought, with this mean and standard deviation."""
+    """Return the yield of two prompts, with this mean and standard deviation."""
     return PromptYield().add(2, [mean - deviation, mean + deviation])
 
 

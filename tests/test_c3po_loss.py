@@ -1,4 +1,4 @@
-"""Advantages, surrogates, KL and corrections against numbers worked out by hand or written down again."""
+"""Tests advantages, surrogates, KL and corrections against numbers computed by hand or by a second implementation."""
 
 import math
 from typing import get_args

@@ -1,4 +1,4 @@
-"""Micro-batches: under the cap, equally many on every rank, nothing lost, and near a bound that is one."""
+"""Tests micro-batches: under the cap, equally many on every rank, without losses, and near a proven bound."""
 
 import json
 import random
@@ -31,7 +31,7 @@ costs = st.builds(CostModel, linear=st.sampled_from([0.5, 1.0]), quadratic=st.sa
 
 
 def placements(lengths: Sequence[int], token_cap: int) -> Iterator[list[list[int]]]:
-    """Every way to divide the sequences into bins under the cap."""
+    """Yield every way to divide the sequences into bins under the cap."""
 
     def extend(bins: list[list[int]], rest: Sequence[int]) -> Iterator[list[list[int]]]:
         if not rest:
@@ -46,8 +46,11 @@ def placements(lengths: Sequence[int], token_cap: int) -> Iterator[list[list[int
 
 
 def best_cost(lengths: Sequence[int], num_ranks: int, token_cap: int, cost: CostModel) -> float:
-    """The least barrier cost of any placement. Given the bins, rows of bins of like cost are best: the j-th costliest
-    row costs at least the bin that (j - 1) * num_ranks others are no cheaper than, and this reaches it."""
+    """Return the least barrier cost of any placement.
+
+    With given bins, it is best to put bins of like cost into one row. The j-th costliest row costs at least as much as
+    the bin that (j - 1) * num_ranks bins are at least as costly as, and this placement costs no more.
+    """
     return min(
         sum(sorted((sum(map(cost, members)) for members in bins), reverse=True)[::num_ranks])
         for bins in placements(lengths, token_cap)
@@ -163,7 +166,7 @@ def test_heavy_tailed_lengths_are_planned_near_the_bound(num_samples: int, ranks
 @settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 64), min_size=1, max_size=60), ranks=st.integers(1, 6), cap=st.integers(64, 150))
 def test_whole_ranks_differ_by_no_more_than_the_bins_of_one_row(lengths: list[int], ranks: int, cap: int) -> None:
-    # Pairing the costliest bin with the idlest rank: a difference either shrinks or is that of the row just added.
+    # The costliest bin goes to the idlest rank, so a difference either shrinks or is that of the row just added.
     loads = [
         [sum(COST(lengths[i]) for i in bin_) for bin_ in rank] for rank in pack_micro_batches(lengths, ranks, cap, COST)
     ]

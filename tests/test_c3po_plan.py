@@ -1,4 +1,4 @@
-"""The plan of a train phase, from scored groups."""
+"""Tests the plan of a train phase, made from scored groups."""
 
 from dataclasses import replace
 

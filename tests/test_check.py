@@ -1,4 +1,4 @@
-"""`megatron-rl check`: everything that is wrong with a start in one table, with what to do."""
+"""Tests `megatron-rl check`: one table shows everything that is wrong with a start, with what to do."""
 
 import json
 import re
@@ -146,7 +146,7 @@ def test_a_file_for_other_machines_is_not_held_against_this_one(here: Path, caps
 
 
 def test_the_room_that_a_run_needs_is_counted_by_parts(here: Path) -> None:
-    """In float32: 16 bytes a parameter in a checkpoint, 4 in a model. Half of 2 x 2 x 50 tokens, if not the budget."""
+    """Check the disk space by parts. In float32 a parameter takes 16 bytes in a checkpoint and 4 in a model."""
     parameters = load_architecture("model").num_parameters()
     start = Start(config=load_config(RlConfig, "rl.toml", ["train.keep_last=3", "train.save_every=2"]), world_size=1)
     assert thorough.disk_bytes(start) == {
@@ -155,7 +155,7 @@ def test_the_room_that_a_run_needs_is_counted_by_parts(here: Path) -> None:
         "responses": 4 * 200 * 10,
         "journal": 2 * 200 * 26,
     }
-    # Of adapters, a checkpoint holds these alone; what is exported is the whole model.
+    # With adapters, a checkpoint holds these alone. The exported model is whole.
     adapters = start.config.model_copy(update={"lora": LoraSection(rank=4, targets=["attention"])})
     with_adapters = thorough.disk_bytes(Start(config=adapters, world_size=1))
     one = load_architecture("model")

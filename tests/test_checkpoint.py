@@ -1,4 +1,4 @@
-"""The name table and its reshapes, against tensors laid out by hand."""
+"""Tests the name table and its reshapes against tensors laid out by hand."""
 
 from pathlib import Path
 

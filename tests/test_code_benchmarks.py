@@ -1,4 +1,4 @@
-"""Code judged as its benchmark does: the block that is the solution, outputs and results, imports, kinds of tests."""
+"""Tests that code is judged as its benchmark does: the block chosen, outputs and results, imports, kinds of tests."""
 
 import json
 import os
@@ -231,7 +231,7 @@ def test_arguments_may_have_any_name():
     assert judge(source, {"type": "asserts", "asserts": [f"assert f({given}) == 15"]}).reason == "correct"
 
 
-# Which block is the solution
+# The choice of the solution among blocks
 
 SQUARE = "def f(x):\n    return x * x\n"
 READER = "n = int(input())\nprint(n * n)\n"
@@ -314,7 +314,7 @@ def test_a_hostile_last_block_is_chosen_in_time():
         assert solution_of([Block(tag="", source=source)], read_tests(json.dumps(stdin(("1", "1")))), False)
 
 
-# What is wrong with tests
+# Mistakes in tests
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Programs that solve nothing and want a reward all the same: each comes out wrong, as root and as an ordinary user.
+"""Tests programs that solve nothing and want a reward: each is judged wrong, as root and as an ordinary user.
 
 All of them face tests that a right program passes, which is shown first.
 """
@@ -69,7 +69,7 @@ def judge(source: str, tests: dict):
     return judge_response(f"```python\n{textwrap.dedent(source)}\n```", json.dumps(tests), SETTINGS)
 
 
-# An answer on the socket that the program's side shares with whoever asks: descriptors, and what goes out there.
+# Writes forged answers to all descriptors. One is the socket over which the program's side answers the tests.
 SEND = """
 import os
 def send(*lines):
@@ -116,7 +116,7 @@ HACKS = {
     ),
     "an exception with the name of the tester's": (TRIES, "class Broken(Exception): pass\ndef f(x): raise Broken"),
     "import error as if a test could not run": (SQUARE, "def f(x): raise ImportError('numpy')"),
-    # Objects that please everybody.
+    # These objects are equal to everything.
     "equal to everything": (SQUARE, "class R:\n    def __eq__(self, o): return True\ndef f(x): return R()"),
     "different and equal": (
         POINT,
@@ -319,7 +319,7 @@ HACKS = {
         },
         "import unittest\ndef f(x): raise unittest.SkipTest('no')",
     ),
-    # What the tests use.
+    # These programs change what the tests use.
     "the tests' builtins": (
         HALF,
         "import builtins\nbuiltins.abs = lambda x: 0\nbuiltins.all = lambda x: True\ndef abs(x): return 0\n"
@@ -435,7 +435,7 @@ HACKS = {
 
 @pytest.fixture(scope="module", params=USERS, ids=lambda user: "ordinary" if user == ORDINARY_USER else f"user{user}")
 def judged(request):
-    """Every hack's judgement, by one sandbox of this user."""
+    """Judge every hack in one sandbox of this user."""
 
     def work():
         runner.cache_clear()

@@ -1,4 +1,4 @@
-"""Files of tests for pytest and unittest: what the judge has of them, and programs that pass none by cheating."""
+"""Tests files for pytest and unittest: what the judge takes from them, and that cheating passes none."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What rank 0 collects, carries and plans, from a source that the test fills."""
+"""Checks what rank 0 collects, carries over and plans, with a source that the test fills."""
 
 import errno
 import json

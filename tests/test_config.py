@@ -1,4 +1,4 @@
-"""Configuration: what is wrong is named, with the remedy, before anything heavy is imported."""
+"""Tests that mistakes in a configuration are named, with the remedy, before anything heavy is imported."""
 
 import argparse
 import json
@@ -311,7 +311,7 @@ def test_a_model_of_no_known_family_is_refused(tmp_path: Path) -> None:
 
 
 def test_dropout_is_left_out_and_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Ling-lite-base's config.json has 0.1 where the chat model's has 0."""
+    """Check dropout, which Ling-lite-base's config.json sets to 0.1 and the chat model's to 0."""
     shape = {"embedding_dropout": 0.1, "output_dropout": 0.1, "attention_dropout": 0.0}
     (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG | shape))
     bailing._tell_of_dropout.cache_clear()

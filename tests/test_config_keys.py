@@ -1,4 +1,4 @@
-"""Every key has a type, a default and a description, and is found by what others call it."""
+"""Tests that every key has a type, a default and a description, and is found by its names in other programs."""
 
 import re
 
@@ -22,7 +22,7 @@ def test_every_key_of_every_command_has_a_description_and_a_type() -> None:
 
 
 def test_the_list_has_exactly_what_a_resolved_configuration_has(tmp_path) -> None:
-    """model_dump is pydantic's own walk through the sections."""
+    """Compare the list of keys with model_dump, which is pydantic's own walk through the sections."""
 
     def leaves(values, prefix=""):
         for name, value in values.items():

@@ -1,4 +1,4 @@
-"""The embedded server does what real SGLang does: the tests of conformance.py."""
+"""Tests the embedded server by conformance.py, as real SGLang is tested."""
 
 import re
 

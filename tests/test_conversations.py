@@ -1,4 +1,4 @@
-"""Prompts and chats of several messages, with tools and reasoning, through templates of the usual forms."""
+"""Tests prompts and chats of several messages, with tools and reasoning, through the usual chat templates."""
 
 import json
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 
 
 def tokenizer_with(template: str, eos: str = "<|im_end|>") -> Any:
-    """Bytes, and the marks of all templates."""
+    """Make a tokenizer of bytes with the marks of all templates."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -68,7 +68,7 @@ def write(path: Path, *rows: Any) -> Path:
 
 
 def learned(tokenizer: Any, chat: Sequence[dict[str, Any]], **options: Any) -> list[str]:
-    """The stretches of a conversation that carry loss, as text."""
+    """Return the stretches of a conversation that carry loss, as text."""
     ids, mask = render_chat(tokenizer, messages_of(list(chat)), **options)
     assert len(ids) == len(mask)
     found: list[list[int]] = []

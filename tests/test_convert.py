@@ -1,4 +1,5 @@
-"""Hugging Face directories and Megatron checkpoints: there and back bit for bit, and clear messages for broken ones."""
+"""Tests conversions of Hugging Face directories and Megatron checkpoints, there and back, and messages for broken
+ones."""
 
 import json
 import os
@@ -95,7 +96,7 @@ def test_any_layout_opens_a_converted_checkpoint_and_what_another_layout_trained
     model = write_tiny_model(folder / "hf", **changes)
     convert(Job(source=model, destination=folder / "converted", to_megatron=True))
 
-    # Megatron's own loader, in one layout: the log-probs are those of the Hugging Face directory.
+    # By megatron's own loader the log-probs are those of the Hugging Face directory, in one layout.
     num_ranks, parallel = LAYOUTS[saved]
     spec = make_spec(model, parallel=parallel, whole_gradients=False)
     expected = run_ranks(num_ranks, spec, folder / "from-hf")
@@ -104,7 +105,7 @@ def test_any_layout_opens_a_converted_checkpoint_and_what_another_layout_trained
     for name in expected:
         assert torch.equal(trained[name], expected[name]), name
 
-    # What this layout trained, exported without ranks, is what it held; and another layout starts from it.
+    # An export without ranks gives the weights that this layout trained, and another layout starts from them.
     step = folder / "checkpoints" / "step_1"
     convert(Job(source=step, destination=folder / "exported", to_megatron=False))
     weights = {name.removeprefix("weight/"): t for name, t in trained.items() if name.startswith("weight/")}
@@ -189,7 +190,8 @@ def model(tmp_path: Path) -> Path:
 
 
 def refused(source: Path, tmp_path: Path, to_megatron: bool = True, **options: object) -> str:
-    """The message. Nothing is left behind, and the source is what it was."""
+    """Return the message of a refused conversion. Check that it leaves nothing behind and does not change the
+    source."""
     before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
     others = set(tmp_path.iterdir())
     with pytest.raises(ValueError) as caught:
@@ -319,7 +321,7 @@ def test_a_hub_snapshot_of_links_is_read_and_a_dangling_link_is_named(model: Pat
 
 
 def make_snapshot(model: Path, home: Path) -> Path:
-    """The same model as Hugging Face's cache keeps it: links to files that are called after their content."""
+    """Copy the model as Hugging Face's cache keeps it: links to files that are named after their content."""
     snapshot = home / "snapshots/5f3a"
     snapshot.mkdir(parents=True)
     (home / "blobs").mkdir()
@@ -384,7 +386,7 @@ def test_a_megatron_checkpoint_does_not_lead_out_of_its_directory(model: Path, t
 
 
 def test_a_link_that_is_put_in_while_files_are_copied_is_refused(model: Path, tmp_path: Path) -> None:
-    """As between the look at the directory and the copy."""
+    """Check that a link is refused even if it appears after the directory was checked and before the copy."""
     (tmp_path / "secret").write_text("root:$6$...")
     (model / "tokenizer.json").symlink_to(tmp_path / "secret")
     with (
@@ -452,7 +454,8 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 def test_ctrl_c_ends_a_conversion_between_two_tensors_and_leaves_nothing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Raised in the middle of a file that torch writes, it aborted the process."""
+    """Check that Ctrl-C waits for the end of a tensor. In the middle of a file that torch writes, it aborted the
+    process."""
     before = signal.getsignal(signal.SIGINT)
     original, given = module._Reading.__call__, []
 

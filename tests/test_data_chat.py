@@ -1,4 +1,4 @@
-"""Rendering through chat templates: Ling-lite's, and others that a checkpoint may bring."""
+"""Tests rendering through chat templates: Ling-lite's, and others that a checkpoint may bring."""
 
 import subprocess
 import sys
@@ -59,7 +59,7 @@ def tokenizer_with(model_dir):
 
 
 def learned(tokenizer, ids, mask) -> list[str]:
-    """The stretches that carry loss, as text."""
+    """Return the stretches that carry loss, as text."""
     stretches: list[list[int]] = []
     for previous, (token, carries) in zip([False, *mask], zip(ids, mask, strict=True), strict=False):
         if carries:

@@ -1,4 +1,4 @@
-"""Curation from files to files: what is written, what is refused, and that a run is whole or nothing."""
+"""Tests curation from files to files: what is written and refused, and that a run leaves all or nothing."""
 
 import fcntl
 import gzip
@@ -143,7 +143,7 @@ def test_contaminated_rows_name_the_benchmark_and_what_they_share(tmp_path: Path
     _, kept, dropped = run(tmp_path, rows, benchmark=[{"path": str(tmp_path / "bench.jsonl"), "prompt": "q"}])
     assert [row["prompt"] for row in kept] == [row["prompt"] for row in rows[4:]]
     assert {row["reason"] for row in dropped} == {"contamination"}
-    # Of the second's 37 words 31 in a row are the benchmark's ("and" too): 19 of 25 runs of 13.
+    # The second row has 37 words, so 25 runs of 13. 31 words in a row are the benchmark's ("and" too), so 19 runs.
     assert [(row["benchmark_line"], row["share"]) for row in dropped] == [(1, 1.0), (1, 0.76), (2, 1.0), (3, 1.0)]
     assert dropped[0]["benchmark"] == str(tmp_path / "bench.jsonl")
     assert dropped[0]["ngram"] == "a train leaves the old station at noon and travels north along the"

@@ -1,4 +1,4 @@
-"""The benchmark at a small size keeps the bounds that it is run for at a million rows."""
+"""Tests that the benchmark at a small size keeps the bounds that it has at a million rows."""
 
 import importlib.util
 import sys

@@ -1,4 +1,4 @@
-"""The normal form, exact and near-duplicates: against brute force over all pairs."""
+"""Tests the normal form, exact duplicates and near-duplicates, against brute force over all pairs."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ FILLER = "the quick brown fox jumps over a lazy dog near some old mill while rai
 
 
 def curated(rows: list[dict[str, Any]], **duplicates: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Kept and dropped rows of math questions; prompt is required, answer 7, id the position."""
+    """Return kept and dropped rows of math questions. By default the answer is 7 and the id is the position."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows.jsonl")
         full = [{"domain": "math", "answer": "7", "id": str(i), **row} for i, row in enumerate(rows)]
@@ -106,7 +106,7 @@ def triples(text: str) -> set[tuple[str, ...]]:
 
 
 def brute_force(texts: list[str], threshold: float) -> list[int]:
-    """What stays when each text is compared with all that stayed before it."""
+    """Return the indices of the texts that stay when each is compared with all that stayed before it."""
     kept: list[int] = []
     for index, text in enumerate(texts):
         sets = ((triples(text), triples(texts[other])) for other in kept)
@@ -117,7 +117,7 @@ def brute_force(texts: list[str], threshold: float) -> list[int]:
 
 @st.composite
 def families(draw: st.DrawFn) -> list[str]:
-    """Texts of which many differ from another in a word or two."""
+    """Draw texts, many of which differ from another in a word or two."""
     texts = [draw(st.lists(st.sampled_from(FILLER.split()), min_size=1, max_size=25))]
     for _ in range(draw(st.integers(0, 12))):
         words = list(draw(st.sampled_from(texts)))

@@ -1,4 +1,4 @@
-"""Layouts of data sets to one record, and the configuration that names them."""
+"""Tests the mapping of data sets' layouts to one record, and the configuration that names them."""
 
 import base64
 import json
@@ -21,7 +21,7 @@ MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "conten
 
 
 def packed(cases: list[dict[str, str]]) -> str:
-    """As LiveCodeBench packs its private tests."""
+    """Pack test cases as LiveCodeBench packs its private tests."""
     return base64.b64encode(zlib.compress(pickle.dumps(json.dumps(cases)))).decode()
 
 

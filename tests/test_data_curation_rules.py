@@ -1,4 +1,4 @@
-"""Each rule finds its defect and leaves what only looks like one."""
+"""Tests that each rule finds its defect and keeps rows that only look like one."""
 
 import json
 from collections import Counter
@@ -83,7 +83,7 @@ def test_prompts_about_programs_may_label_cases_and_answer_true() -> None:
     assert found("Print it. <image>", "{}", domain="code") == ["image"]
 
 
-# Read by hand: each of the dropped rows has the defect, or refers to a picture that is not there.
+# People read the dropped rows: each has the defect, or refers to a picture that is not there.
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not there")
 def test_real_rows_are_dropped_for_what_they_are() -> None:
     counts: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""`megatron-rl inspect`: what it guesses, shows and writes."""
+"""Tests what `megatron-rl inspect` guesses, shows and writes."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Prompts that are too long, and prompts that do not suit their reward: known before a run begins."""
+"""Tests that prompts that are too long, or do not suit their reward, are found before a run begins."""
 
 import json
 import logging
@@ -124,7 +124,7 @@ def test_prompts_that_do_not_ask_for_a_box_are_warned_of(
 
 
 def start_of(tmp_path: Path, *data: Path, **reward: Any) -> None:
-    """What comes before a run of reinforcement learning starts."""
+    """Run the checks that come before a run of reinforcement learning starts."""
     (tmp_path / "model").mkdir(exist_ok=True)
     (tmp_path / "model/config.json").write_text(json.dumps(TINY_CONFIG))
     values = {

@@ -1,4 +1,4 @@
-"""Files in the layouts of public data sets, from the file to a judged response."""
+"""Tests files in the layouts of public data sets, from the file to a judged response."""
 
 import asyncio
 import csv
@@ -37,7 +37,7 @@ TWO_SUM = (
 
 
 def raw_rows(name: str) -> list[dict[str, Any]]:
-    """What the file holds, read without the package."""
+    """Read a file's rows without the package."""
     path = LAYOUTS / name
     if path.suffix == ".parquet":
         return parquet.read_table(path).to_pylist()
@@ -49,7 +49,7 @@ def raw_rows(name: str) -> list[dict[str, Any]]:
 
 
 def curated(name: str, folder: Path) -> Path:
-    """kept.jsonl, by the mapping that megatron-rl inspect writes."""
+    """Curate a file by the mapping that megatron-rl inspect writes, and return kept.jsonl."""
     mapping = folder / "mapping.toml"
     run_inspect(str(LAYOUTS / name), "", mapping)
     output = [f"output={json.dumps(str(folder / 'out'))}", "workers=1"]

@@ -1,4 +1,4 @@
-"""The order of prompts: epochs, mixtures, stages, and a cursor that is all there is to resume."""
+"""Tests the order of prompts: epochs, mixtures, stages, and a cursor, which alone is needed to resume."""
 
 import json
 from collections import Counter
@@ -55,7 +55,7 @@ def test_a_stream_resumed_at_any_cursor_continues_the_same_order(
     whole, _ = PromptStream(stages, seed).take(0, start + sum(takes))
     cursor, got = start, []
     for number in takes:
-        # a new stream each time: the cursor alone is the state
+        # Each stream is new: the cursor alone is the state.
         part, cursor = PromptStream(stages, seed).take(cursor, number)
         got += part
     assert got == whole[start:]
@@ -98,7 +98,7 @@ def test_every_domain_goes_through_the_one_order_by_itself(stages: list[Stage], 
     cursors = dict.fromkeys(domains, 0)
     for number in takes:
         for domain in domains:
-            # a new stream each time: the cursors are the state
+            # Each stream is new: the cursors are the state.
             positions, cursors[domain] = PromptStream(stages, seed).positions_of(domain, cursors[domain], number)
             found[domain] += positions
     whole, _ = PromptStream(stages, seed).take(0, max([0, *cursors.values()]))

@@ -1,4 +1,4 @@
-"""LiveCodeBench's packed tests, from friend and foe."""
+"""Tests LiveCodeBench's packed tests, as published and as an attacker would pack them."""
 
 import base64
 import contextlib

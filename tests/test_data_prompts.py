@@ -1,4 +1,4 @@
-"""Row contracts."""
+"""Tests which rows of prompts are accepted."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Completion tasks: every answer and every step is solved again here from the question alone."""
+"""Tests completion tasks by solving every answer and every step again, from the question alone."""
 
 import json
 import random

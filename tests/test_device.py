@@ -1,4 +1,4 @@
-"""What the device module says of memory; nothing here needs a GPU."""
+"""Tests the waiting of the device module for free GPU memory. Nothing here needs a GPU."""
 
 import pytest
 

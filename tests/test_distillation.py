@@ -1,4 +1,4 @@
-"""SFT rows out of rollouts: what stays and why the rest does not, against a count by hand."""
+"""Tests which rollouts become SFT rows and why others do not, against a count by hand."""
 
 import json
 import random
@@ -25,7 +25,7 @@ STUDENT = Student(markers=("$", "<A>"), num_tokens=lambda messages: sum(len(m.co
 
 
 def row(**changes: Any) -> dict[str, Any]:
-    """As an endpoint's; with a policy_version as a checkpoint's."""
+    """Return a row sampled from an endpoint. With a policy_version among the changes it is one from a checkpoint."""
     made = {
         "prompt_id": "p", "domain": "math", "prompt": "1+1?", "response": "2", "reward": 1.0, "reason": "correct",
         "finish_reason": "stop",
@@ -39,7 +39,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def distil(folder: Path, *files: list[dict[str, Any]], **selection: Any) -> tuple[Distillation, list[Any], list[Any]]:
-    """The run, and the chats for training and for validation."""
+    """Distil the files. Return the distillation, and the chats for training and for validation."""
     paths = [write(folder / f"in{i}.jsonl", rows) for i, rows in enumerate(files)]
     work = Distillation(paths, Selection(**selection), STUDENT, {})
     share = selection.get("validation_share")
@@ -71,7 +71,7 @@ ROWS = st.lists(
 
 
 def by_hand(rows: list[dict[str, Any]], min_reward: float, reasoning: bool) -> tuple[Counter[str], dict[Any, set[str]]]:
-    """Reasons of what is dropped for itself or as a repeat, and the texts of each prompt."""
+    """Count the reasons for dropped rows, for themselves or as repeats, and collect the texts of each prompt."""
     dropped: Counter[str] = Counter()
     found: dict[Any, set[str]] = defaultdict(set)
     for one in rows:
@@ -174,7 +174,7 @@ def test_a_wrong_row_is_named(tmp_path: Path, line: str, message: str) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tokenizer is all that is needed of it."""
+    """Write a model that has a tokenizer alone, which is all that is needed of it."""
     folder = tmp_path_factory.mktemp("model")
     make_tiny_model.write_tokenizer(folder, make_tiny_model.TinyModel())
     return str(folder)

@@ -1,4 +1,4 @@
-"""The pages name only what there is, and what checks them finds what is wrong."""
+"""Tests that the pages name only what exists, and that the check of the pages finds mistakes."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The embedded network against a naive fp64 forward pass, and its sampling."""
+"""Tests the embedded network against a naive fp64 forward pass, and its sampling."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ from megatron_rl.rollout.embedded.sequence import Sequence
 
 
 class DirectEngine:
-    """An engine stepped by hand in the test's thread: submit, then run until all is done."""
+    """Steps an engine in the test's thread: sequences are submitted, then it runs until all are done."""
 
     def __init__(self, directory, *, dtype=torch.float32, slots=64, context_length=512):
         self.events = []

@@ -1,4 +1,4 @@
-"""The embedded server as a process of its own, over HTTP."""
+"""Tests the embedded server as a process of its own, over HTTP."""
 
 import base64
 import concurrent.futures
@@ -25,7 +25,7 @@ COMMAND = [sys.executable, "-m", "megatron_rl.rollout.embedded"]
 
 
 class Server:
-    """A started server process and a client for it."""
+    """Holds a started server process and a client for it."""
 
     def __init__(self, model_path, *options, program=COMMAND):
         command = [*program, "--model-path", str(model_path), "--port", "0", "--lifeline", *options]
@@ -68,7 +68,7 @@ class Server:
         return answer.json()
 
     def background(self, input_ids, **sampling):
-        """A generate call in flight; returns once the server runs it."""
+        """Start a generate call in a thread. Return its future once the server runs it."""
         pool = concurrent.futures.ThreadPoolExecutor(1)
         future = pool.submit(self.generate, input_ids, **sampling)
         pool.shutdown(wait=False)
@@ -104,7 +104,7 @@ def _shared_server(model_dir, tmp_path_factory):
 
 @pytest.fixture
 def server(_shared_server, model_dir):
-    """The session's server, running, idle, and with its first weights."""
+    """Yield the session's server, and afterwards make it run, idle and with its first weights."""
     server = _shared_server
     yield server
     server.post("/continue_generation")
@@ -116,7 +116,7 @@ def server(_shared_server, model_dir):
 
 
 def routed_experts(answer):
-    """int32 [prompt + output - 1, layers, topk], the experts of a token in ascending order."""
+    """Return int32 [prompt + output - 1, layers, topk], with the experts of a token in ascending order."""
     numbers = np.frombuffer(base64.b64decode(answer["meta_info"]["routed_experts"]), np.int32)
     return np.sort(numbers.reshape(-1, 3, 2), axis=2)
 

@@ -1,4 +1,4 @@
-"""Sessions of weight updates and their groups, without HTTP."""
+"""Tests sessions of weight updates and their groups, without HTTP."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ LIMITS = BucketLimits(tensors=1000, values=10**7)
 
 
 class Pair:
-    """A trainer and the update side of a server, in one process."""
+    """Joins a trainer and the update side of a server in one group, in one process."""
 
     def __init__(self, config, dtype=torch.float32, timeout_seconds=20.0):
         self.updates = WeightUpdates(config, dtype, timeout_seconds)

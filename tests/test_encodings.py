@@ -1,4 +1,4 @@
-"""Text is UTF-8 whatever the locale: a lint keeps it, and commands run under locales that say otherwise."""
+"""Tests that text is UTF-8 in every locale: a lint checks the code, and commands run in other locales."""
 
 import json
 import os
@@ -32,7 +32,7 @@ max_response_tokens = 64
 
 @pytest.fixture(scope="module", params=["ASCII", "ISO-8859-1"])
 def locale_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment with this locale, in which Python has not gone over to UTF-8 by itself."""
+    """Return an environment with this locale, in which Python does not choose UTF-8 by itself."""
     environment = os.environ | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
     environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     if request.param == "ASCII":
@@ -89,7 +89,7 @@ def test_curation_reads_and_writes_utf8(locale_of: dict[str, str], tmp_path: Pat
 
 
 def test_what_a_run_writes_is_utf8_also_where_no_command_started_it(locale_of: dict[str, str], tmp_path: Path) -> None:
-    """Configuration and rollouts of a run, by the functions that write and read them."""
+    """Check the configuration and rollouts of a run, by the functions that write and read them."""
     run(locale_of, "-c", _WRITES, tmp_path)
     (row,) = map(json.loads, (tmp_path / "run/rollouts/step_000000.jsonl").read_text(encoding="utf-8").splitlines())
     assert (row["prompt"], row["prompt_id"]) == ("说", "一")

@@ -1,4 +1,4 @@
-"""pass@k and maj@k against every way to draw k samples, intervals against simulated experiments."""
+"""Tests pass@k and maj@k against every way to draw k samples, and intervals against simulated experiments."""
 
 import math
 from collections import Counter
@@ -38,7 +38,7 @@ def test_pass_at_k_has_no_bias() -> None:
 
 
 def vote(answers: tuple[str, ...]) -> float:
-    """Of "" nobody hears; "right" is the correct one; ties are drawn."""
+    """Return the probability that a majority vote gives "right". "" does not vote, and ties are drawn by lot."""
     votes = Counter(answer for answer in answers if answer)
     best = [answer for answer, count in votes.items() if count == max(votes.values())]
     return best.count("right") / len(best) if best else 0.0

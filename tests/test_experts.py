@@ -1,4 +1,4 @@
-"""Grouped experts against the same experts one by one, and how their tokens and weights are laid out."""
+"""Tests grouped experts against the same experts one by one, and the layout of their tokens and weights."""
 
 import doctest
 from functools import partial
@@ -21,7 +21,7 @@ WIDTH, HIDDEN = 8, 16
 
 @st.composite
 def choices(draw: st.DrawFn) -> tuple[int, list[list[int]]]:
-    """A number of experts, and for each of some tokens as many of them, each another."""
+    """Draw a number of experts and, for each of some tokens, an equal number of different experts."""
     num_experts = draw(st.integers(1, 8))
     num_choices = draw(st.integers(1, num_experts))
     some = st.permutations(range(num_experts)).map(lambda order: order[:num_choices])
@@ -53,14 +53,14 @@ def test_the_worked_examples_of_four_tokens_and_two_experts_are_true() -> None:
 
 
 def holding(weight: torch.nn.Parameter) -> torch.nn.Module:
-    """As far as grouped experts look at megatron's."""
+    """Return a module with this weight: grouped experts use no more of megatron's linear layers."""
     module = torch.nn.Module()
     module.weight = weight
     return module
 
 
 def parameters_in(buffer: str, count: int, dtype: torch.dtype) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
-    """(up, down) of each expert, in one buffer as megatron's with the last one first, or otherwise."""
+    """Return (up, down) of each expert. By default they lie in one buffer as megatron's do, with the last one first."""
     shapes = [(2 * WIDTH, HIDDEN), (HIDDEN, WIDTH)] * count
     order = range(len(shapes)) if buffer == "first one first" else range(len(shapes))[::-1]
     whole = torch.randn(sum(a * b for a, b in shapes) + 64, dtype=dtype)
@@ -122,7 +122,7 @@ def test_grouped_experts_compute_and_learn_what_single_ones_do(
 
 
 def grouped(parameters: list[torch.nn.Parameter], ready: Any, add_product: Any) -> SimpleNamespace:
-    """GroupedExperts of these weights, as far as its methods look."""
+    """Stand in for GroupedExperts of these weights, as far as its methods look."""
     module = SimpleNamespace(num_local_experts=len(parameters) // 2, linears=[*map(holding, parameters)])
     module.weights, module.ready, module.add_product = None, ready, add_product
     module._weights = partial(GroupedExperts._weights, module)
@@ -189,9 +189,11 @@ def test_weights_that_lie_evenly_in_one_buffer_are_not_copied(
 def test_gradients_added_up_in_the_product_are_those_of_single_experts(
     chosen: tuple[int, list[list[int]]], buffer: str, apart: bool, seed: int
 ) -> None:
-    """quack's product, in bf16 to fp32: each expert's gradient of two micro-batches against the formula in fp64, as far
-    as the roundings of activations to bf16 let it. apart: weights do not lie in a buffer, as without the distributed
-    optimizer."""
+    """Check each expert's gradient of two micro-batches by quack's product from bf16 to fp32.
+
+    The formula in fp64 is the measure, as far as activations rounded to bf16 allow. apart: weights do not lie in one
+    buffer, as without the distributed optimizer.
+    """
     torch.manual_seed(seed)
     num_experts, expert_of = max(2, chosen[0]), torch.tensor(chosen[1])
     laid_out = "apart" if apart else buffer
@@ -228,7 +230,7 @@ def test_gradients_added_up_in_the_product_are_those_of_single_experts(
 
 
 def in_one_buffer(tensors: list[Tensor], buffer: str) -> list[Tensor]:
-    """The same values, as `parameters_in` lays out parameters."""
+    """Return the same values in one buffer, laid out as `parameters_in` lays out parameters."""
     order = tensors if buffer == "first one first" else tensors[::-1]
     pieces = torch.cat([x.flatten() for x in order]).split([x.numel() for x in order])
     placed = [piece.view(x.shape) for piece, x in zip(pieces, order, strict=True)]
@@ -236,7 +238,7 @@ def in_one_buffer(tensors: list[Tensor], buffer: str) -> list[Tensor]:
 
 
 def test_a_gradient_added_up_in_the_product_is_not_rounded_to_bf16() -> None:
-    """Of 1,000 + 0.5 bf16 has 1,000."""
+    """Check that the product adds in fp32: bf16 would round 1,000 + 0.5 to 1,000."""
     weights = [x for pair in parameters_in("first one first", 2, torch.bfloat16) for x in pair]
     for weight, main in zip(
         weights, in_one_buffer([torch.zeros(w.shape) for w in weights], "first one first"), strict=True

@@ -1,4 +1,4 @@
-"""What config.json says is read, or refused in one sentence: real contents, both spellings, and what is left out."""
+"""Checks that config.json is read, or refused in one sentence: real files, both spellings, and missing keys."""
 
 import json
 import math
@@ -393,7 +393,7 @@ def test_end_tokens_of_both_files_end_a_response(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("values", [BAILING, LING, QWEN3_MOE, *(values for values, _ in REAL.values())])
 def test_shapes_and_the_table_of_parameters_have_the_same_tensors_in_the_same_order(values: dict[str, Any]) -> None:
-    """Conversions read ahead in the one order and write in the other."""
+    """Check that both orders of tensors agree: conversions read ahead in the one and write in the other."""
     few = {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "n_group": 0, "topk_group": 0}
     small = architecture_of(values | few)
     assert [*tensor_shapes(small)] == [*hf_names(name_table(small))]

@@ -1,4 +1,4 @@
-"""Files, links and directories appear whole or not at all."""
+"""Tests that files, links and directories appear whole or not at all."""
 
 import os
 import stat

@@ -1,4 +1,4 @@
-"""The fuzzer of the judge: a short run finds nothing, and it does find holes that are made for it."""
+"""Tests the fuzzer of the judge: a short run finds no hole, but finds those that are made for it."""
 
 import sys
 from pathlib import Path

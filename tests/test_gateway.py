@@ -1,4 +1,4 @@
-"""The gateway over the embedded server: the tests of gateway_conformance.py."""
+"""Runs the tests of gateway_conformance.py over the embedded server."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Which GPUs a process may use, and that no NCCL group has two members on one of them, in any file that is shipped."""
+"""Checks which GPUs a process may use, and that no shipped file puts two members of an NCCL group on one GPU."""
 
 import os
 import sys
@@ -32,7 +32,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples/ring_lite"
 
 
 def devices(folder: Path, *numbers: int) -> Path:
-    """A /dev of a machine with an NVIDIA driver and these device nodes."""
+    """Make the /dev of a machine with an NVIDIA driver and these device nodes."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("nvidiactl", "nvidia-uvm", "nvidia-modeset", *(f"nvidia{i}" for i in numbers)):
         (folder / name).touch()
@@ -130,14 +130,14 @@ def test_sglang_servers_cover_a_machine_by_default(arguments: tuple[str, ...], g
     assert rollout.model_copy(update={"servers": 3}).servers_on(8) == 3, "what is asked for stays"
 
 
-# Who sits where ------------------------------------------------------------------------------------------------------
+# Seats of ranks and servers ------------------------------------------------------------------------------------------
 
 Seat = tuple[int, str]  # node and GPU
 
 
 @contextmanager
 def machine(gpus: list[str]) -> Iterator[None]:
-    """What every machine of a run is taken for."""
+    """Make every machine of a run have these GPUs."""
     with ExitStack() as patched:
         for module in (device, preflight, server):
             patched.enter_context(patch.object(module, "visible_gpus", lambda: gpus))
@@ -149,8 +149,10 @@ def crowded(seats: list[Seat]) -> list[Seat]:
 
 
 def nccl_groups(config: RlConfig, gpus: list[str], nodes: int, ranks: int, serving_nodes: int) -> list[list[Seat]]:
-    """The groups by which weights travel over NCCL: training ranks on the first nodes, servers on all of them, or on
-    the last `serving_nodes` alone."""
+    """Return the NCCL groups by which weights travel.
+
+    Training ranks are on the first nodes. Servers are on all nodes, or on the last `serving_nodes` alone.
+    """
     with machine(gpus):
         shares = server.server_gpus(config.rollout)
     places = range(nodes - serving_nodes, nodes) if serving_nodes else range(nodes)
@@ -170,7 +172,7 @@ def nccl_groups(config: RlConfig, gpus: list[str], nodes: int, ranks: int, servi
 
 
 def shipped() -> list[Path]:
-    """Files of `megatron-rl train` that say what cluster they are for."""
+    """Return the shipped files of `megatron-rl train` that say what cluster they are for."""
     files = [path for path in EXAMPLES.rglob("*.toml") if path.parent.name != "rates"]
     runs = [path for path in files if kind_of(read_values(path, [])) is RlConfig]
     found = [path for path in runs if load_config(RlConfig, path).cluster is not None]

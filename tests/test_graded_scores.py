@@ -1,4 +1,4 @@
-"""Scores of any size and sign: what is made of them in training, evaluation, selection and curation."""
+"""Tests scores of any size and sign in training, evaluation, selection and curation."""
 
 import json
 import math
@@ -96,7 +96,7 @@ def test_parts_come_back_from_an_archive() -> None:
 
 
 def rows_of(scores: Mapping[str, list[tuple[float, str, str | None]]]) -> list[Judged]:
-    """(score, reason, answer) of the samples of each prompt."""
+    """Make judged rows of the (score, reason, answer) of each prompt's samples."""
     return [
         Judged(
             position=0, sample_index=i, prompt_id=name, kind="k", judged_as="own.py:f", prompt="", response="",

@@ -1,4 +1,4 @@
-"""The head divided over tensor-parallel ranks gives the formula's values and gradients: real gloo ranks."""
+"""Tests the head divided over tensor-parallel gloo ranks: values and gradients are those of the formula."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Megatron checkpoints from a stranger: what their pickles ask for is refused by name, and never run."""
+"""Tests Megatron checkpoints from strangers: what their pickles ask for is refused by name and never run."""
 
 import argparse
 import io
@@ -42,13 +42,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(made: Path, tmp_path: Path) -> Path:
-    """With `hf`, a model, and `m`, the same as a Megatron checkpoint."""
+    """Return a folder with a model in `hf` and the same model as a Megatron checkpoint in `m`."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
 def run(command: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """The exit code of one command, and what it said."""
+    """Run one command and return its exit code and its stderr."""
     arguments = command_parser().parse_args(COMMANDS[command].format(folder).split())
     code = exit_code("megatron-rl", lambda: int(arguments.run(arguments)))
     return code, capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face Hub come from its cache; what is not there is told in one message."""
+"""Tests that models of the Hugging Face Hub come from its cache, and that one message tells of a missing one."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from megatron_rl.hub import local_model
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Of one model, as huggingface_hub lays it out."""
+    """Make a cache with one model, as huggingface_hub lays it out, and return the model's snapshot."""
     from huggingface_hub import constants, file_download
 
     repository = tmp_path / "models--some--tiny"

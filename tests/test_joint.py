@@ -1,4 +1,4 @@
-"""On-policy distillation: a teacher's log-probs of the sampled tokens, as advantages, in metrics and in files."""
+"""Tests on-policy distillation: a teacher's log-probs of the sampled tokens as advantages, in metrics and in files."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ TEACHER = 'distillation.path="teacher"'
 
 
 def scored(group: Group) -> Group:
-    """The group with log-probs of sampler and teacher that tell prompt, response and place."""
+    """Return the group with log-probs of sampler and teacher that depend on prompt, response and position."""
 
     def of_sample(sample: Sample) -> Sample:
         (segment,) = sample.response.segments
@@ -48,7 +48,7 @@ def scored(group: Group) -> Group:
 
 
 class Source(FakeGroups):
-    """Prompts of two domains by turns; `rewards` is whether rewards differ."""
+    """Gives prompts of two domains by turns. rewards: whether the rewards of a prompt differ."""
 
     def __init__(self, rewards: bool = True, teacher: bool = True) -> None:
         super().__init__(length=30)
@@ -69,13 +69,13 @@ class Source(FakeGroups):
 
 
 def collected(folder: Path, source: Source, *changes: str, step: int = 0) -> tuple[Any, dict[str, Any]]:
-    """The schedule and the metrics of a phase."""
+    """Collect a phase and return its schedule and its metrics."""
     folder.mkdir()
     return Collector(config_of(folder, *changes), Layout(world_size=1), COST, source).collect(step)
 
 
 def trained(schedule: Any) -> list[tuple[list[int], np.ndarray, float]]:
-    """What the only rank gets: tokens, advantages and weight of each sequence, in order."""
+    """Return what the only rank trains: tokens, advantages and weight of each sequence, in order."""
     plan = schedule.plan
     work = _sequences(plan, 0, None, _gather(plan, schedule.samples, 0, None))
     return [(s.token_ids.tolist(), s.advantages, s.weight) for step in work for part in step for s in part]
@@ -142,7 +142,7 @@ def test_the_budget_is_exact_and_what_is_carried_is_weighed_anew_by_step_and_dom
 
 @pytest.fixture(autouse=True)
 def teachers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A teacher is what its path says."""
+    """Make a teacher's path stand for all of its settings."""
     monkeypatch.setattr(
         "megatron_rl.train.orchestrator.collector.teacher_settings", lambda section: section and str(section.path)
     )

@@ -1,4 +1,5 @@
-"""Scored groups on disk: what was whole comes back, whatever cut the file short, and nothing else does."""
+"""Tests scored groups on disk: all that were written whole come back, wherever the file is cut, and nothing else
+does."""
 
 import asyncio
 import errno
@@ -22,7 +23,7 @@ from megatron_rl.rollout.sampler import Question, Sampler
 
 
 def group(prompt_id: int) -> Group:
-    """Two responses; of every third prompt also a trajectory of an agent."""
+    """Make a group of two responses. Every third prompt also has a trajectory of an agent."""
     samples = [make_sample(prompt_id, i, 3 + prompt_id % 4 + i, reward=float(i == 0)) for i in range(2)]
     if prompt_id % 3 == 2:
         samples.append(make_trajectory(prompt_id, 2, [make_segment(9, turns=[(1, 3), (5, 8)]), make_segment(2)]))
@@ -70,7 +71,7 @@ def same(one: Group, other: Group) -> bool:
 
 @pytest.fixture(scope="module")
 def journals(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Of the first 1 to 5 groups."""
+    """Write journals of the first 1 to 5 groups and return their paths."""
     return [write(tmp_path_factory.mktemp("journal"), [group(j) for j in range(i)]) for i in range(1, 6)]
 
 

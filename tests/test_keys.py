@@ -172,7 +172,7 @@ def test_secrets_are_known_by_their_names_and_urls_by_their_passwords() -> None:
 
 @pytest.fixture
 def impostor() -> Iterator[tuple[int, list[bytes]]]:
-    """Who listens at a port that this process holds, as anybody can, and all that was sent there."""
+    """Listen at a port that this process holds, as anybody can. Yield the port and a list of all that is received."""
     port, received = hold_port("127.0.0.1"), []
     with socket.socket() as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""Imports only point down, and what must stay light does not pull in torch or megatron."""
+"""Tests that imports only point down, and that light modules do not import torch or megatron."""
 
 import ast
 import subprocess

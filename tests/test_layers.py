@@ -1,4 +1,4 @@
-"""Attention over packed sequences, by buckets and by a kernel of flash attention's signature, against the formula."""
+"""Tests attention over packed sequences, by buckets and by flash attention's kernels, against the formula."""
 
 import sys
 from types import ModuleType, SimpleNamespace
@@ -23,7 +23,7 @@ LENGTHS, HEADS, GROUPS, DIM = [7, 1, 12, 4], 4, 2, 8
 def plain(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, starts_k: Tensor, longest: int, longest_k: int, **options: Any
 ) -> Tensor:
-    """What torch's `varlen_attn` computes, sequence by sequence. It refuses what that refuses."""
+    """Compute what torch's `varlen_attn` computes, one sequence at a time. Refuse what it refuses."""
     assert starts.dtype == torch.int32
     assert starts is starts_k
     assert longest == longest_k == max(LENGTHS)
@@ -61,7 +61,7 @@ def test_flash_attention_and_buckets_are_the_same(
 
 
 def test_torchs_kernel_takes_what_it_is_given() -> None:
-    """Its signature, and the shapes that it gives for these arguments; the values want a GPU."""
+    """Check the kernel's signature and the shape of its output. Its values need a GPU."""
     packed = pack(LENGTHS, frequencies(Rotary(), DIM), torch.bfloat16, torch.device("meta"))
     q, k, v = (torch.empty(24, n, DIM, dtype=torch.bfloat16, device="meta") for n in (HEADS, GROUPS, GROUPS))
     attention = FlashAttention(None, pg_collection=SimpleNamespace(cp=SimpleNamespace(size=lambda: 1)))
@@ -79,7 +79,7 @@ def test_torchs_kernel_takes_what_it_is_given() -> None:
 def test_flash_attention_4_is_given_what_buckets_compute(
     lengths: list[int], groups: int, heads_of_group: int, dim: int, scale: float | None
 ) -> None:
-    """Output and gradients in bf16, with the buckets' in fp64."""
+    """Compare output and gradients in bf16 with those of the buckets in fp64."""
     torch.manual_seed(0)
     total, heads = sum(lengths), groups * heads_of_group
     inputs = [torch.randn(total, n, dim).bfloat16().requires_grad_() for n in (heads, groups, groups)]
@@ -102,7 +102,8 @@ def test_flash_attention_4_is_given_what_buckets_compute(
 
 @pytest.mark.parametrize("kind", [FlashAttention, FlashAttention4])
 def test_values_are_kept_alone(kind: type[PackedAttention], monkeypatch: pytest.MonkeyPatch) -> None:
-    """They come as a part of the joint projection, which would be kept for backward with them."""
+    """Check that values are copied for backward. They are a part of the joint projection, which would be kept with
+    them."""
     for name, module in kernel_stand_ins.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
     packed = pack(LENGTHS, frequencies(Rotary(), DIM), torch.float64, torch.device("cpu"))

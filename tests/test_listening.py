@@ -1,4 +1,4 @@
-"""Connections that are opened and not used are closed before they use up the files of the process."""
+"""Tests that unused connections are closed before they use up the file descriptors of the process."""
 
 import asyncio
 

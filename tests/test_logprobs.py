@@ -1,4 +1,4 @@
-"""The fused head against the formula in plain fp64 torch: values and both gradients."""
+"""Tests the fused head against the formula in plain fp64 torch: values and both gradients."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ M, V, H = 53, 97, 24
 
 
 def make_inputs(dtype: torch.dtype = torch.float64, rows: int = V) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden [M, H], weight [rows, H], targets [M], upstream gradients of both outputs [2, M]."""
+    """Return hidden [M, H], weight [rows, H], targets [M], and upstream gradients of both outputs [2, M]."""
     generator = torch.Generator().manual_seed(0)
     hidden = 2 * torch.randn(M, H, generator=generator, dtype=torch.float64)
     weight = 0.5 * torch.randn(rows, H, generator=generator, dtype=torch.float64)
@@ -25,7 +25,7 @@ def make_inputs(dtype: torch.dtype = torch.float64, rows: int = V) -> tuple[Tens
 def plain(
     hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, ...]:
-    """log p(y), H, and the gradients of u1 . log p + u2 . H with regard to hidden and weight, in fp64 by autograd."""
+    """Return log p(y), H, and the gradients of u1 . log p + u2 . H for hidden and weight, in fp64 by autograd."""
     hidden, weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
     logp = torch.log_softmax(hidden @ weight[:V].T / temperature, dim=-1)
     chosen, entropy = logp[range(M), targets], -(logp.exp() * logp).sum(-1)
@@ -40,7 +40,7 @@ def fused(hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor, **o
 
 
 def furthest(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
-    """The largest difference, relative to the largest value of its tensor."""
+    """Return the largest difference, relative to the largest value of its tensor."""
     return max(
         float((f.double() - e).abs().max() / e.abs().max()) for f, e in zip(found, expected, strict=True)
     )  # fmt: skip
@@ -68,7 +68,7 @@ def test_how_many_rows_are_computed_at_once_changes_nothing(num_rows: int, monke
 
 
 def test_torch_makes_one_graph_of_what_a_gpu_computes_at_once() -> None:
-    """Without the compiler behind it, which a GPU has."""
+    """Check that torch traces these functions as one graph. The compiler behind it needs a GPU and is left out."""
     torch.manual_seed(0)
     z, local = torch.randn(M, V), torch.randint(-5, V + 5, (M,))
     per_token = torch.randn(4, M).unbind()

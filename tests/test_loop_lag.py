@@ -1,4 +1,4 @@
-"""A clock that stands still while its event loop is late, and a pool that blames no server for a loop that was."""
+"""Tests a clock that stands still while its event loop is late, and that a pool blames no server for a late loop."""
 
 import asyncio
 import contextlib
@@ -66,7 +66,7 @@ def test_a_time_limit_does_not_count_the_time_that_the_loop_was_held() -> None:
 
 @pytest.fixture
 def few_files() -> Iterator[None]:
-    """A soft limit of 256 open files."""
+    """Set a soft limit of 256 open files."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
     try:
@@ -89,8 +89,11 @@ ROLLOUT = RolloutSection(
 
 @contextlib.asynccontextmanager
 async def stand_in(seconds: float, silent_after: float = float("inf")) -> AsyncIterator[tuple[str, list[dict]]]:
-    """The url of a server on this loop that answers /generate after some seconds with as many tokens as its seed says,
-    and what it was asked. silent_after: seconds after which it says nothing any more."""
+    """Run a server on this loop, and yield its URL and the list of its requests.
+
+    After some seconds it answers /generate with as many tokens as the seed says. silent_after: seconds after which it
+    says nothing any more.
+    """
     asked: list[dict] = []
     started = time.monotonic()
 

@@ -1,4 +1,4 @@
-"""tools/make_tiny_model.py, run as the script that people run."""
+"""Tests tools/make_tiny_model.py, run as the script that people run."""
 
 import json
 import os

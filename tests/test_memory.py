@@ -1,4 +1,4 @@
-"""The plan of a rank's memory against what torch keeps, and would take on a GPU."""
+"""Tests the planned memory of a rank against what torch keeps on a CPU and would take on a GPU."""
 
 import json
 import sys
@@ -49,7 +49,7 @@ def _alone() -> Iterator[None]:
 
 
 def kept_and_planned(folder: Path, num_layers: int, num_dense: int, model: dict) -> tuple[int, int]:
-    """Bytes that a forward pass keeps besides weights and the micro-batch itself, and what is planned."""
+    """Return the bytes that a forward pass keeps besides weights and the micro-batch itself, and the planned bytes."""
     write_tiny_model(folder, **SHAPE, num_hidden_layers=num_layers, first_k_dense_replace=num_dense)
     config = SftConfig.model_validate(
         {
@@ -135,8 +135,11 @@ CASES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("num_dense", [0, 4], ids=["experts", "dense"])
 def test_the_memory_of_a_gpu_is_planned_within_a_twentieth(num_dense: int) -> None:
-    """Four of Ling-lite's layers on one: a graph of the very operations that run there, on no device (meta_worker.py),
-    where an operation between two devices, or a shape that the host would wait for, is an error."""
+    """Compare plan and peak for four of Ling-lite's layers on one GPU.
+
+    meta_worker.py runs the GPU's operations on no device. There an operation between two devices is an error, and so is
+    a shape that the host would wait for.
+    """
     shape = {"path": str(LING_LITE), "num_hidden_layers": 4, "dense_layers": list(range(num_dense))}
     command = [sys.executable, str(Path(__file__).with_name("meta_worker.py")), json.dumps([shape, *CASES])]
     done = forked.run(command, timeout=120)

@@ -1,4 +1,4 @@
-"""The judges of answers on made cases (tests/metamorphic), and that the cases are what they say.
+"""Tests the judges of answers on made cases (tests/metamorphic), and tests that the cases are right.
 
 `make test` judges a sample, `make test-answers` all 25,000. What the judges cannot do yet is in metamorphic/known.json.
 """
@@ -47,7 +47,7 @@ from metamorphic.trees import (
     write,
 )
 
-# Of each kind, in `make test`: so many to accept and so many to refuse.
+# `make test` takes so many cases of each kind to accept and so many to refuse.
 SAMPLE_EACH = 9
 WHOLE = os.environ.get("ANSWERS") == "whole"
 X, Y = Name("x"), Name("y")
@@ -59,7 +59,7 @@ def cases():
 
 
 def test_the_judges_fail_only_where_it_is_known(cases):
-    """By kind, side and rule there are no more failures than KNOWN has, and of all cases no fewer either."""
+    """Check that no kind, side and rule has more failures than KNOWN says, and with all cases not fewer either."""
     judged = cases if WHOLE else sample(cases, SAMPLE_EACH)
     verdicts = judge(judged)
     text = report(judged, verdicts)
@@ -88,7 +88,7 @@ POINT = {"x": Fraction(3, 4), "y": Fraction(3, 2)}
 
 
 def trees(leaves, more):
-    """more: what else a tree may be built of, besides sums, products and quotients."""
+    """Draw trees. more: what else a tree may be built of, besides sums, products and quotients."""
 
     def branches(inner):
         parts = st.lists(inner, min_size=2, max_size=3).map(tuple)
@@ -117,7 +117,7 @@ def value_at_point(tree):
 
 @given(RATIONAL)
 def test_what_is_written_has_the_value_of_the_tree_with_every_sign(tree):
-    """Python reads the brackets, which all styles share, and computes exactly."""
+    """Check the brackets, which all styles share: Python reads them and computes exactly."""
     text = re.sub(r"\d+", r"F(\g<0>)", write(tree, TYPED))
     try:
         expected = value_at_point(tree)

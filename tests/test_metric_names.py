@@ -1,4 +1,4 @@
-"""The table of metrics is what docs/metrics.md shows, and names each metric once."""
+"""Tests that the table of metrics is that of docs/metrics.md, and names each metric once."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Rank 0's part of a step with a source, a transport and a context that the test makes: what is retried, told, kept."""
+"""Tests rank 0's part of a step: what is retried, told and kept, with a made source, transport and context."""
 
 import asyncio
 import contextlib
@@ -45,7 +45,7 @@ class FakeTransport:
 
 
 class FakeServers(FakeGroups):
-    """As if servers gave the groups."""
+    """Stands in for servers that give the groups."""
 
     pool = SimpleNamespace()
 
@@ -91,7 +91,7 @@ def control():
 
 @pytest.fixture
 def orchestrate(tmp_path, control, monkeypatch):
-    """A function that makes a orchestrator of a source and a transport."""
+    """Yield a function that makes an orchestrator of a source and a transport."""
     monkeypatch.setattr(orchestrator_module, "cost_model", lambda _: CostModel(linear=1.0, quadratic=0.0))
     orchestrators = []
 
@@ -142,7 +142,7 @@ def test_servers_that_come_back_while_others_generate_get_the_weights_of_the_las
     orchestrator.begin(3)
     assert receivers == [(3, False), (3, True)]
     assert seen == ["sync", "rollout", "sync", "rollout"]
-    # Where they find weights on a disk, or the trainer has no memory for a push meanwhile.
+    # Nothing is pushed meanwhile if servers find weights on a disk, or if the trainer has no memory for a push.
     for changes in (["sync.transport=disk"], ["sync.transport=distributed", "rollout.release_memory=true"]):
         other = FakeServers()
         orchestrate(other, FakeTransport(), *changes)
@@ -150,7 +150,7 @@ def test_servers_that_come_back_while_others_generate_get_the_weights_of_the_las
 
 
 def test_work_for_which_servers_generate_ends_with_what_goes_wrong_in_a_push_meanwhile():
-    """The push is ordered by the thread that waits for the work, and comes again while a server lacks its weights."""
+    """Check that the thread that waits for the work orders the push, and again while a server lacks its weights."""
     servers = ServerGroups.__new__(ServerGroups)
     servers._loop, servers._supervisors, servers._trouble = BackgroundLoop(), (), None
     servers._signals = SimpleNamespace(check=lambda: None)
@@ -199,7 +199,7 @@ def test_servers_that_came_back_without_weights_get_them_and_the_phase_begins_an
     ],
 )
 def test_weights_arrived_where_every_tensor_is_the_trainers(tmp_path, caplog, difference, theirs, fault):
-    """Two programs in bfloat16 round differently, and that is no reason to end a run."""
+    """Check that different roundings of two programs in bfloat16 do not end a run."""
 
     def checksums():
         if isinstance(theirs, Exception):
@@ -226,7 +226,7 @@ def test_weights_arrived_where_every_tensor_is_the_trainers(tmp_path, caplog, di
 def test_weights_are_validated_between_push_and_rollout_every_other_step_and_at_the_end(
     orchestrate, tmp_path, monkeypatch, capsys
 ):
-    """Overfitting in four steps: the score rises up to step 2, whose checkpoint is the one to keep, and falls."""
+    """Check a run that overfits: the score rises up to step 2, whose checkpoint is the one to keep, and then falls."""
     fake, told = FakeValidation({0: 0.3, 2: 0.7, 4: 0.4}), []
     monkeypatch.setattr(orchestrator_module, "Validation", lambda *_: fake)
     monkeypatch.setattr(orchestrator_module, "Trackers", lambda *_: SimpleNamespace(

@@ -1,4 +1,4 @@
-"""Parts of the objective: the user's own, REINFORCE++, whole-sequence corrections, masked responses, several passes."""
+"""Tests the objective's parts: the user's own, REINFORCE++, sequence corrections, masked responses, several passes."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Reward functions of the user's own: what they are called with, what they may return, and what they cannot break."""
+"""Tests reward functions of the user's own: their arguments, their results, and what they cannot break."""
 
 import asyncio
 import hashlib
@@ -161,7 +161,7 @@ def rewards(file: Path) -> Iterator[Rewards]:
 
 @pytest.fixture(scope="module")
 def judged(rewards: Rewards) -> Any:
-    """Judge by `obey`; each text alone, as a prompt of its own."""
+    """Return a function that judges texts by `obey`, each as the response to a prompt of its own."""
 
     def judge(*texts: str) -> list[Verdict]:
         async def all_of() -> list[Verdict]:

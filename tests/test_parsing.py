@@ -1,4 +1,4 @@
-"""Files that somebody else made are read within limits, each with one message."""
+"""Tests that foreign files are read within limits, and that each breach gives one message."""
 
 import gzip
 import json
@@ -113,7 +113,7 @@ def test_deep_tests_of_a_program_cannot_be_read() -> None:
 
 @pytest.mark.parametrize("reader", READERS)
 def test_an_endless_line_is_refused_with_its_place_before_it_is_read(reader: str, tmp_path: Path) -> None:
-    """Ten gigabytes of zeros, which take no disk."""
+    """Check a file of ten gigabytes of zeros, which takes no disk space."""
     path = tmp_path / "rows.jsonl"
     path.touch()
     os.truncate(path, 10 * 2**30)

@@ -1,4 +1,4 @@
-"""C3PO++: every response that is started is accounted for once, and one that is resumed goes on as if never stopped."""
+"""Tests C3PO++: every response is accounted for once, and a resumed one goes on as if it had never stopped."""
 
 import asyncio
 import json
@@ -44,7 +44,7 @@ ROLLOUT = RolloutSection(
 
 
 def questions(first: int) -> Callable[[str, int], list[Question]]:
-    """take(domain, n) of a stream of prompts of one domain that begins at `first`."""
+    """Return take(domain, n) for a stream of prompts of one domain that begins at `first`."""
     position = first
 
     def take(_: str, count: int) -> list[Question]:
@@ -81,7 +81,7 @@ async def phase(
     resumed: Sequence[UnfinishedGroup] = (),
     rollout: RolloutSection = ROLLOUT,
 ) -> Collected:
-    """One phase that lacks so many tokens, over prompts from `first` on."""
+    """Run a phase that lacks so many tokens, over prompts from `first` on."""
     shortfall = Shortfall(unit="tokens", missing=tokens)
     return await sampler(servers, rollout).fill_partially(
         [(question(group.prompt_id), group) for group in resumed],
@@ -114,7 +114,7 @@ def test_an_unfinished_response_keeps_no_routed_experts_and_one_that_has_ended_d
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Responses end at random, 1 token in 96: so a phase that ends finds some in the middle."""
+    """Write models whose responses end at random, 1 token in 96, so that the end of a phase interrupts some."""
     folder = tmp_path_factory.mktemp("models")
     shape = {"hidden_size": 32, "num_hidden_layers": 2}
     return write_tiny_model(folder / "first", 0, **shape), write_tiny_model(folder / "second", 1, **shape)
@@ -144,7 +144,7 @@ def output_ids(response: Response) -> list[int]:
 
 
 def by_place(found: Collected) -> dict[tuple[int, int], Response]:
-    """Every response, by prompt and sample."""
+    """Return every response by prompt and sample."""
     done = [sample.response for group in [*found.kept, *found.filtered] for sample in group.samples]
     left = [response for group in [*found.unfinished, *found.purged] for response in group.responses]
     places = {(response.prompt_id, response.sample_index): response for response in [*done, *left]}
@@ -236,7 +236,7 @@ class FakePool:
         self.num_given = 0
 
     def length(self, one: SampleRequest) -> int:
-        """Of the whole response, from its seed."""
+        """Return the number of tokens of the whole response, which its seed decides."""
         return random.Random(f"{self._seed}/{one.seed}").randint(1, 30)
 
     async def generate(
@@ -425,8 +425,10 @@ def test_a_phase_without_a_shortfall_keeps_what_it_was_given_as_it_is() -> None:
 
 
 class Ends:
-    """In place of a pool: every response has these tokens when it is aborted, and then SGLang calls it so whatever they
-    are."""
+    """Stands in for a pool whose responses have these tokens when they are aborted.
+
+    SGLang then says "abort" even if the tokens end the response.
+    """
 
     num_slots = 4
 

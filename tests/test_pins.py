@@ -1,4 +1,4 @@
-"""Each list of requirements is pinned by its constraints.txt: setup.py by the one beside it, SGLang's list likewise."""
+"""Tests that constraints.txt pins all requirements of setup.py, and that SGLang's list has pins of its own."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ def asked_by_setup() -> list[str]:
 
 
 def unpinned(asked: list[str], pins: list[str]) -> list[str]:
-    """The requirements that have no pin, several, or one that they refuse, whatever Python they are for."""
+    """Return the requirements that have no pin, several, or one that they refuse, whatever Python they are for."""
     versions: dict[str, list[str]] = {}
     for pin in pins:
         name, version = pin.split("==")

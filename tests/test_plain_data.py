@@ -1,4 +1,4 @@
-"""The one format between a program and its judge: every plain value returns as it was, and nothing else passes."""
+"""Tests the format between a program and its judge: every plain value comes back as it was, and nothing else passes."""
 
 import contextlib
 import datetime
@@ -59,7 +59,7 @@ VALUES = st.recursive(
 
 
 def kinds(value):
-    """Types all the way down."""
+    """Return the types of a value and of all values in it."""
     if isinstance(value, dict):
         return (type(value).__name__, sorted(map(repr, ((kinds(k), kinds(v)) for k, v in value.items()))))
     if isinstance(value, set | frozenset):

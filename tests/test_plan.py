@@ -1,4 +1,4 @@
-"""`megatron-rl plan`: Ling-lite's numbers, worked out here by hand, and all that does not divide told at once."""
+"""Tests `megatron-rl plan`: Ling-lite's numbers computed by hand, and all numbers that do not divide told at once."""
 
 import argparse
 import json
@@ -57,14 +57,14 @@ scope = "per_gpu"
 steps = 100
 micro_batch_tokens = 16384
 """
-# Of one layer: queries, keys and values of 24 heads of 128; the output of attention; both norms; and so on.
+# The parameters of one layer: queries, keys and values of 24 heads of 128; attention's output; both norms; and so on.
 ATTENTION, NORMS = 2048 * 3072 + 2048 * 2048, 2 * 2048
 EXPERT, ROUTER, SHARED = 3 * 2048 * 1408, 64 * 2048, 3 * 2048 * 2816
 VOCABULARY = 126464 * 2048
 
 
 def written(folder: Path) -> Path:
-    """The configuration, with the shape of its model."""
+    """Write the configuration and the config.json of its model."""
     (folder / "model").mkdir(exist_ok=True)
     (folder / "model/config.json").write_text(json.dumps(LING_LITE))
     (folder / "config.toml").write_text(CONFIG.format(folder=folder))
@@ -72,7 +72,7 @@ def written(folder: Path) -> Path:
 
 
 def plan(folder: Path, *options: str, code: int = 0) -> tuple[dict[str, Any], str]:
-    """The plan as JSON, and what was said against it."""
+    """Run `plan`. Return its JSON and its stderr."""
     command = [sys.executable, "-m", "megatron_rl.cli", "plan", str(written(folder)), "--json", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr

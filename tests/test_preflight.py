@@ -23,7 +23,7 @@ from megatron_rl.rollout.sampler import requests_in_flight
 
 @pytest.fixture
 def start_of(tmp_path: Path):
-    """A function that makes a start which nothing is wrong with, but for the changes."""
+    """Return a function that makes a start without a fault, but for the changes."""
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(TINY_CONFIG), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Token ids of prompts, many at a time and kept for the next start: always those of one prompt rendered by itself."""
+"""Tests token ids of prompts, rendered many at a time and kept for the next start: they equal those of one prompt."""
 
 import json
 import random
@@ -18,7 +18,7 @@ from megatron_rl.data.fitting import Limit, rendered_prompts
 from megatron_rl.data.messages import Conversation, of_text
 from megatron_rl.data.prompts import Prompt
 
-# What a template, a tokenizer or the search for special tokens may stumble over.
+# A template, a tokenizer or the search for special tokens may fail on these pieces of text.
 PIECES = [
     EOS,
     "</s>",
@@ -82,7 +82,7 @@ def test_prompts_that_are_too_long_are_left_out_and_the_others_keep_their_tokens
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many prompts were rendered, each time that any were."""
+    """Return a list that gets the number of prompts of each rendering."""
     counts: list[int] = []
 
     def render(tokenizer: Any, prompts: list[Conversation], special_tokens: str, arguments: dict[str, Any]) -> Any:

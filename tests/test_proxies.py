@@ -1,4 +1,4 @@
-"""Proxies of the environment: this machine is asked without them, and elsewhere they are named."""
+"""Tests proxies of the environment: requests to this machine do not use them, and messages of others name them."""
 
 import asyncio
 import http.server
@@ -29,7 +29,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def answering(reply: object, seen: list[str]) -> Iterator[str]:
-    """A server that answers everything so, as a proxy too. seen: what it was asked for."""
+    """Run a server, also as a proxy, that always answers `reply`, and yield its URL. seen: gets what it was asked
+    for."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -1,4 +1,4 @@
-"""What a push makes of servers that are silent, refuse or are gone, and of a group that nobody joins."""
+"""Tests pushes to servers that are silent, refuse or are gone, and to a group that nobody joins."""
 
 import socket
 import threading

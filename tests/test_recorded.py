@@ -1,4 +1,4 @@
-"""Rollouts in a file: what was sampled comes back as it was, and what cannot be trained from is named."""
+"""Tests rollouts in a file: they come back as they were sampled, and rows that cannot be trained from are named."""
 
 import json
 from dataclasses import replace

@@ -20,7 +20,7 @@ ENDS = st.sampled_from([{"type": "stop", "matched": 3}, {"type": "length", "leng
 
 @st.composite
 def replies(draw: Any) -> dict[str, Any]:
-    """As SGLang and the embedded server write them."""
+    """Draw replies as SGLang and the embedded server write them."""
     tokens = draw(st.lists(st.tuples(LOGPROBS, st.integers(0, 2**31 - 1)), max_size=20))
     meta = {
         "id": "a",
@@ -98,13 +98,13 @@ FAILURES = {
 
 
 async def free() -> None:
-    """There is always room for a content."""
+    """Allow each reply at once, as if there were always room for its content."""
 
 
 async def asked_twice(answer: bytes, piece: int = 2**16, admitted: Any = None) -> tuple[list[Any], bool]:
-    """What two requests over one connection come to, as far as it lasts, and whether a third one could follow.
+    """Return the results of up to two requests over one connection, and whether a third could follow.
 
-    piece: bytes that the server writes at once. Behind another answer than those of which it knows the end, it closes.
+    piece: bytes that the server writes at once. It closes after an answer that does not show where it ends.
     """
     received = bytearray()
 
@@ -140,7 +140,10 @@ async def asked_twice(answer: bytes, piece: int = 2**16, admitted: Any = None) -
 @pytest.mark.parametrize("piece", [1, 2**16])
 @pytest.mark.parametrize("how", ["with a length", "in chunks"])
 def test_a_connection_is_used_again(how: str, piece: int, admitted: Any) -> None:
-    """Also where head and content of an answer come at once, and the content would have had to wait for a place."""
+    """Check that a connection is used again, also if head and content of an answer come at once.
+
+    The content then comes before it may be read.
+    """
     assert asyncio.run(asked_twice(ANSWERS[how], piece, admitted)) == ([(200, b"abc"), (200, b"abc")], True)
 
 

@@ -1,4 +1,4 @@
-"""The run report, up to the page that it writes; tests/browser opens pages in a real browser."""
+"""Tests the run report and the page that it writes. tests/browser opens pages in a real browser."""
 
 import json
 import re
@@ -164,7 +164,7 @@ def test_stages_of_several_seeds_are_groups_whatever_their_folders_are_called(tm
 
 
 def test_a_model_behind_a_link_and_a_relative_path_are_found(tmp_path: Path) -> None:
-    """As `select` leaves a link, and as configurations name paths from the folder where the run was started."""
+    """Check paths as they occur: `select` leaves a link, and configurations name paths from the folder of the start."""
     first = make_run(tmp_path / "runs/first", 3)
     (first / "hf").mkdir()
     (tmp_path / "runs/chosen").symlink_to("first/hf")
@@ -191,7 +191,7 @@ def test_only_what_is_not_the_default_is_listed(tmp_path: Path) -> None:
 
 
 def test_a_configuration_of_defaults_alone_lists_required_keys_alone(tmp_path: Path) -> None:
-    """config.toml has every key, in the types that TOML has."""
+    """Check a config.toml that has every key, in the types that TOML has."""
     from megatron_rl.config.load import dump_config
 
     folder = make_run(tmp_path / "run")
@@ -275,7 +275,7 @@ def test_long_responses_keep_beginning_and_end_and_say_what_is_missing(tmp_path:
 
 
 def trajectory_row() -> dict:
-    """A row of two segments, whose text is 20 characters."""
+    """Return a row of two segments whose text has 20 characters."""
     first = {"spans": [["aaaa", True], ["bb", False], ["cccc", True]]}
     second = {"shared_tokens": 7, "prompt": "ddd", "spans": [["eeeeeee", True]]}
     return response_row(4, 0, "eeeeeee") | {"num_turns": 3, "num_masked_tokens": 2, "segments": [first, second]}
@@ -294,7 +294,7 @@ def test_trajectories_tell_who_wrote_what_and_where_a_segment_begins(tmp_path: P
 
     whole = [["aaaa", "policy"], ["bb", "others"], ["cccc", "policy"], ["\n", "segment", 7], ["ddd", "others"]]
     assert shown(21) == [*whole, ["eeeeeee", "policy"]]
-    # Of 21 characters the first six and the last four.
+    # The first six and the last four of 21 characters are shown.
     assert shown(10) == [["aaaa", "policy"], ["bb", "others"], [11, "gap"], ["eeee", "policy"]]
     assert shown(5) == [["aaa", "policy"], [16, "gap"], ["ee", "policy"]]
 
@@ -333,7 +333,7 @@ def test_any_text_survives_the_page_and_none_can_end_the_script(value: Any) -> N
 
 
 class Elements(HTMLParser):
-    """The elements of a page, and the text of those with data in them."""
+    """Collects the elements of a page, and the text of those with data in them."""
 
     def __init__(self) -> None:
         super().__init__()

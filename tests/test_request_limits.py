@@ -1,4 +1,4 @@
-"""No request ends, freezes or starves the embedded server."""
+"""Tests that no request ends, freezes or starves the embedded server."""
 
 import asyncio
 import json
@@ -37,7 +37,7 @@ BUCKET = BucketLimits(tensors=4, values=1000)
 HUGE = 10**400
 
 
-# What is refused when it is read -------------------------------------------------------------------------------------
+# Requests that are refused when they are read ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_weights_come_from_directories_that_were_named_and_from_no_other(tmp_pat
             roots.directory(str(other))
 
 
-# Whose turn it is, and what ends by itself ---------------------------------------------------------------------------
+# Turns of requests, and requests that end by themselves --------------------------------------------------------------
 
 
 def waiting(number, turn):

@@ -1,4 +1,4 @@
-"""How calls of tools and reasoning are found in what a policy writes."""
+"""Tests that tool calls and reasoning are found in what a policy writes."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ from agent_chat import chat_tokenizer
 from megatron_rl.gateway.parsers import PARSERS, parser_for
 
 TOOLS = [{"type": "function", "function": {"name": "add"}}]
-# What transformers calls a response template, of the tokenizer in agent_chat.py.
+# The response template, as transformers calls it, of the tokenizer in agent_chat.py.
 RESPONSES = {
     "defaults": {"role": "assistant"},
     "start_anchor": "<|start|>assistant\n",
@@ -100,5 +100,5 @@ def test_a_tokenizer_that_describes_its_responses_is_taken_at_its_word(tmp_path)
     parse = parser_for(tokenizer, "auto").parse
     said = parse(f"<think>why</think>so{JSON_CALL}", "1+2?<|start|>assistant\n", TOOLS)
     assert (said.reasoning, said.content, [(c.name, dict(c.arguments)) for c in said.calls]) == ("why", "so", ADD)
-    # What it cannot read is content.
+    # Text that it cannot read is content.
     assert parse("<tool_call>{", "<|start|>assistant\n", TOOLS).content == "<tool_call>{"

@@ -1,4 +1,4 @@
-"""When a server that has ended is started again, and what other nodes can ask for; the servers are made up."""
+"""Tests when an ended server is started again, and what other nodes can ask for, with made-up servers."""
 
 import logging
 import time
@@ -17,7 +17,7 @@ ROLLOUT = RolloutSection(prompts_per_step=1, samples_per_prompt=2, max_response_
 
 
 class Server:
-    """A server process that ends when it is told to."""
+    """Stands in for a server process. It ends when it is told to."""
 
     def __init__(self, port: int) -> None:
         self.port, self.exit_code, self.url = port or 5, None, f"http://10.0.0.2:{port or 5}"
@@ -42,7 +42,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def supervisor_of(wishes: Path | None = None) -> Any:
-    """Its thread is not started: the test looks instead of it."""
+    """Make a supervisor whose thread is not started: the test does its looks."""
     return ServerSupervisor([Server], ROLLOUT, wishes)  # type: ignore[list-item]
 
 
@@ -53,7 +53,7 @@ def look(supervisor: Any) -> None:
 
 
 def seconds_until_another(supervisor: Any, clock: SimpleNamespace) -> float:
-    """From the end of the server to the start of the next one."""
+    """End the server and return the seconds until the next one starts."""
     (kept,) = supervisor._kept
     ended, started = kept.server, clock.seconds
     ended.exit_code = 1

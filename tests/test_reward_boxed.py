@@ -1,4 +1,4 @@
-"""The last box of a response, and rewards that compare it as a string."""
+"""Tests how the last box of a response is found, and rewards that compare it as a string."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Code rewards: the block that counts, every kind of test, and programs that go for the tests and not for the task."""
+"""Tests code rewards: the block that counts, every kind of test, and programs that attack the tests."""
 
 import asyncio
 import dataclasses
@@ -125,7 +125,7 @@ def test_a_program_that_takes_too_long_is_too_slow_by_cpu_or_by_the_clock():
         "raise SystemExit(0)",
         "def f(x):\n    import os\n    os._exit(0)",
         "def f(x):\n    raise SystemExit",
-        # Answers that claim to equal everything.
+        # These answers claim to equal everything.
         "class Any:\n    def __eq__(self, other): return True\ndef f(x): return Any()",
         "class Any(int):\n    def __eq__(self, other): return True\ndef f(x): return Any()",
         # Names that the tests use.
@@ -223,7 +223,7 @@ def test_text_that_is_no_text_costs_only_itself():
 
 @needs_sandbox
 def test_an_answer_forged_as_a_pickle_cannot_touch_the_tester():
-    # A frame that calls os._exit in whoever decodes it, and one that makes int's equality true.
+    # One frame calls os._exit in the process that decodes it. Another makes int's equality true.
     forge = """
 import os, sys
 def f(x):
@@ -457,7 +457,7 @@ def test_a_prefix_may_be_the_head_of_a_function_alone():
 
 
 def keys_of_one_hash(count: int) -> bytes:
-    """hash(-1) is hash(-2), so all tuples of them have one; and each comparison takes its time."""
+    """Return packed keys of one hash: hash(-1) is hash(-2). Each comparison of two keys takes a while."""
     same = b'["tuple",' + b'["Fraction","0x1","0x2"],' * 12
     return b",".join(same + b",".join(b"-1" if n >> i & 1 else b"-2" for i in range(14)) + b"]" for n in range(count))
 
@@ -632,7 +632,7 @@ def test_solutions_of_real_tasks_pass_and_wrong_ones_fail(kind, task):
 
 
 class Fusion(http.server.BaseHTTPRequestHandler):
-    """A SandboxFusion of ten lines, in front of this machine's own sandbox."""
+    """Stands in for SandboxFusion in ten lines, by this machine's own sandbox."""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -1,4 +1,4 @@
-"""The math reward: what a grader takes for equal, what not, real reference answers, and hostile ones."""
+"""Tests the math reward: what counts as equal and what does not, real reference answers, and hostile ones."""
 
 import asyncio
 import json
@@ -268,7 +268,7 @@ def test_reference_answers_are_correct_in_every_usual_dress(pool):
 
 
 def perturbed(answer: str) -> list[str]:
-    """Other values by construction: one digit raised outside of powers of 1 and 0, a sign, a term, a factor."""
+    """Return answers of other values: one digit raised (but no power of 0 or 1), a sign, a term, a factor."""
     changed = [f"-({answer})" if answer != "0" else "1", f"{answer}+1", f"\\frac{{{answer}}}{{3}}", f"{answer},17"]
     for match in list(re.finditer(r"(?<![\^{\d.])\d(?!\d*[\^.])", answer))[:2]:
         changed.append(answer[: match.start()] + str((int(match[0]) + 1) % 10) + answer[match.end() :])
@@ -300,7 +300,7 @@ def test_labelled_pairs_are_judged_as_their_labels_say(pool):
 
 
 def test_labelled_answers_are_judged_as_their_labels_say():
-    """In-sample: the rules were made beside these rows. Some labels contradict each other, so not all can agree."""
+    """Check rows that the rules were made with. Some labels contradict each other, so not all can agree."""
     rows = rows_of("answers2_dev.jsonl")
     wrong = []
     for kind in ("math", "stem"):
@@ -355,7 +355,7 @@ PIECES = st.lists(
 
 @given(PIECES, PIECES)
 def test_no_text_makes_the_callers_part_raise(response, gold):
-    """What runs in the caller runs on its event loop, for whatever a model writes."""
+    """Check that no text raises in the part of judging that runs on the caller's event loop."""
     for settle in (settle_math, settle_stem):
         settle(f"\\boxed{{{''.join(response)}}}", "".join(gold))
     stated_answer("".join(response))

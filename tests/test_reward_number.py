@@ -1,4 +1,4 @@
-"""Plain numbers in every dress are read as exact fractions, and nothing else is."""
+"""Tests that plain numbers in every dress are read as exact fractions, and nothing else is."""
 
 from fractions import Fraction
 
@@ -82,7 +82,7 @@ def test_a_decimal_is_its_digits_over_a_power_of_ten(digits, places):
 
 @given(st.integers(-999, 999), st.integers(1, 999))
 def test_a_fraction_equals_its_long_division(above, below):
-    """The recurring decimal comes from long division by hand, and says the same as the fraction."""
+    """Check that the recurring decimal of a long division by hand is read as the fraction."""
     whole, rest = divmod(abs(above), below)
     digits, seen = "", {}
     while rest and rest not in seen:

@@ -1,4 +1,4 @@
-"""The pool of killable workers: right verdicts, and hostile items that cost only themselves."""
+"""Tests the pool of killable workers: verdicts are right, and hostile items cost only themselves."""
 
 import asyncio
 import os
@@ -30,7 +30,7 @@ def impatient_pool():
 
 
 def misbehave(command: str, _answer: str) -> Verdict:
-    """Judge of the kind below: a worker that does what the response says."""
+    """Judge by doing what the response says, in the worker."""
     if command == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if command == "raise":

@@ -1,4 +1,4 @@
-"""The rules of docs/rewards.md, each row as it stands there, and what holds for every answer."""
+"""Tests each row of the rules in docs/rewards.md, and properties that hold for every answer."""
 
 import re
 import time
@@ -36,7 +36,7 @@ STRUCTURE = Rules(numbers=same_numbers, formulas=lambda gold, answer: False)
 
 
 def rules_of_the_page() -> list[tuple[str, str, str, bool]]:
-    """(kind of reward, reference, response, accepted) of every example in its tables."""
+    """Return (kind of reward, reference, response, accepted) of every example in the page's tables."""
     found, kind = [], "math"
     for line in PAGE.read_text().splitlines():
         if line.startswith("| reference"):

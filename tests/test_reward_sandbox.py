@@ -1,4 +1,4 @@
-"""Programs that want out, or want everything: each is held, leaves nothing behind, and the next one is unharmed.
+"""Tests programs that try to escape or to take everything: each is held and leaves nothing behind.
 
 Every test runs as the user that runs the tests and, where that is root, as an ordinary user too.
 """
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 
 def left_over() -> list[str]:
-    """Processes of sandboxes that these tests started: their command line says so."""
+    """Return the command lines of sandboxed processes that these tests started."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         line = " ".join(process.info["cmdline"] or [])
@@ -42,7 +42,7 @@ MARK = f"sandbox-test-{os.getpid()}"
 
 
 def run(user: int, source: str, limits: Limits = LIMITS, stdin: bytes = b""):
-    """The program's record; afterwards nothing of it is left and the next program runs."""
+    """Run a program and return its record. Check that nothing of it is left and that the next program runs."""
     source = f"# {MARK}\n" + textwrap.dedent(source)
 
     def work():
@@ -469,7 +469,7 @@ def test_a_sandbox_ends_with_the_process_that_started_it(user):
         if pid == 0:
             Sandbox().run_python(f"# {MARK}\nimport time\ntime.sleep(120)", b"", replace(LIMITS, wall_seconds=100.0))
         deadline = time.monotonic() + 10
-        # The program itself: bubblewrap, which names it too, asks to end with us only some moments after its start.
+        # Wait for the program itself. bubblewrap, which names it too, asks to end with us only moments after its start.
         while all("bwrap" in line for line in left_over()) and time.monotonic() < deadline:
             time.sleep(0.05)
         started = bool(left_over())
@@ -484,7 +484,7 @@ def test_a_sandbox_ends_with_the_process_that_started_it(user):
 
 
 def test_who_is_ended_at_any_moment_of_the_start_leaves_nothing(user):
-    """Bubblewrap has set up nothing yet, has a child that waits for it, or has just let the program go."""
+    """Check ends before Bubblewrap has set anything up, while its child waits, and just after the program's start."""
 
     def work():
         box = Sandbox()

@@ -1,4 +1,4 @@
-"""Rewards from a service over HTTP."""
+"""Tests rewards from a service over HTTP."""
 
 import asyncio
 import http.server
@@ -24,7 +24,7 @@ def score(section: RewardSection, texts: Sequence[str]) -> list[Verdict]:
 
 
 class Service(http.server.BaseHTTPRequestHandler):
-    """answers: of the requests in turn: a status, bytes, or what is sent as JSON."""
+    """Stands in for a reward service. answers: one for each request: a status, bytes, or what is sent as JSON."""
 
     answers: list[Any]
     asked: list[tuple[dict[str, Any], str | None]]

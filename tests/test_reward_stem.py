@@ -1,4 +1,4 @@
-"""Rewards for science: numbers with tolerance and units, short text, true or false, letters."""
+"""Tests rewards for science: numbers with tolerance and units, short text, true or false, letters."""
 
 import json
 from pathlib import Path

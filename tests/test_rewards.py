@@ -1,4 +1,4 @@
-"""Which reward judges what, and a model's second opinion over HTTP."""
+"""Tests which reward judges which domain, and a model's second opinion over HTTP."""
 
 import asyncio
 import threading

@@ -1,4 +1,4 @@
-"""The recipe of examples/ring_lite: its problems, the way its stages hand over, and what its tables say."""
+"""Tests the recipe of examples/ring_lite: its problems, the handing over between its stages, and its tables."""
 
 import json
 import random
@@ -42,7 +42,7 @@ def score(domain: str, response: str, answer: str) -> float:
 
 
 def changed(text: str, rng: random.Random) -> str:
-    """With another digit in its last box."""
+    """Return the text with another digit in its last box."""
     head, _, answer = text.rpartition("{")
     places = [i for i, c in enumerate(answer) if c.isdigit()]
     i = rng.choice(places)
@@ -63,7 +63,7 @@ def test_solutions_are_right_and_their_reward_can_tell(domain: str) -> None:
 
 
 def test_steps_are_counted_without_a_mistake() -> None:
-    """Counts go 1, 2, 3, ...; values go by equal steps, and the last one or its count is the answer."""
+    """Check that counts go 1, 2, 3, ... and values by equal steps. The last value or its count is the answer."""
     for domain in ("math", "science"):
         for problem in domains.problems(domain, 300, "b"):
             runs = [part for part in problem.response.split(",")[:-1] if part[0].isdigit()]
@@ -123,7 +123,7 @@ def test_every_stage_gets_what_an_earlier_one_made(monkeypatch: pytest.MonkeyPat
 
 
 def of_tool(command: tuple[object, ...]) -> tuple[list[object], list[object]]:
-    """What it reads, and what it writes: --output and --validation, or its first argument."""
+    """Return the files that a tool reads and those that it writes: --output and --validation, or its first argument."""
     assert Path(str(command[0])).is_file()
     named = [command[command.index(option) + 1] for option in ("--output", "--validation") if option in command]
     outputs = named or [command[1]]
@@ -131,7 +131,7 @@ def of_tool(command: tuple[object, ...]) -> tuple[list[object], list[object]]:
 
 
 def of_command(command: tuple[object, ...], stage: str) -> tuple[list[object], list[object]]:
-    """The same of one of megatron-rl's, which has the seed of the pipeline."""
+    """Return what a command of megatron-rl reads and writes. Check that it has the seed of the pipeline."""
     arguments = command_parser().parse_args([str(word) for word in command[2:]])
     if arguments.command == "convert":
         return [arguments.source], [arguments.destination]
@@ -207,7 +207,7 @@ def test_arms_are_compared_seed_by_seed() -> None:
 
 
 def evaluation(folder: Path, **right: int) -> tuple[dict, Path]:
-    """Of 100 prompts of each domain, of which the first so many are right."""
+    """Write an evaluation of 100 prompts of each domain, of which the first so many are right."""
     folder.mkdir()
     found = {}
     for domain in tables.DOMAINS:

@@ -1,4 +1,5 @@
-"""Routed experts on their way from a server to a response: what is asked for, what is believed, and who can answer."""
+"""Tests routed experts from a server to a response: what is asked for, what is believed, and which server can
+answer."""
 
 import asyncio
 import base64
@@ -80,7 +81,7 @@ def test_servers_that_return_routed_experts_are_known_by_their_version(version: 
 
 
 class Answering:
-    """In place of a connection."""
+    """Stands in for a connection that answers by a function."""
 
     is_open = True
 
@@ -107,7 +108,7 @@ class Answering:
 
 
 def ask(answer: Callable[[dict], dict], shape: RoutedShape | None) -> Completion:
-    """One continuation of a prompt of two tokens, from a server that answers the body with `answer`."""
+    """Continue a prompt of two tokens by a server that answers with `answer(body)`."""
 
     async def run() -> Completion:
         client = GenerationClient("http://fake")

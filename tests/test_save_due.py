@@ -1,4 +1,4 @@
-"""A checkpoint comes at least every train.save_minutes, unless the file says otherwise."""
+"""Tests that a checkpoint comes at least every train.save_minutes, unless the configuration says otherwise."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from megatron_rl.train.run.context import TrainContext
 
 
 def due(seconds_ago: float, step: int, monkeypatch: pytest.MonkeyPatch, *, rank: int = 0, **changes: float) -> bool:
-    """Whether a checkpoint is due after `step` of 100 steps; of the other ranks none says so by itself."""
+    """Return whether a checkpoint is due after `step` of 100 steps, where no other rank asks for one."""
     section = TrainSection(micro_batch_tokens=1, **changes)
     monkeypatch.setattr(module.time, "monotonic", lambda: 1000.0 + seconds_ago)
     context = SimpleNamespace(

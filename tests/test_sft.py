@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: which chats a step holds, where epochs end, what a run leaves, and that it can be resumed."""
+"""Tests supervised fine-tuning: the chats of a step, the ends of epochs, the files of a run, and resuming."""
 
 import json
 import math
@@ -61,7 +61,7 @@ micro_batch_tokens = 200
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, and three files of chats: 30 and 10 to train on, 9 to validate on."""
+    """Make a folder with a model and three files of chats: 30 and 10 to train on, 9 to validate on."""
     folder = tmp_path_factory.mktemp("sft")
     make_inputs(folder, 49, 1, 1)
     rows = (folder / "data/sft.jsonl").read_text().splitlines(keepends=True)
@@ -110,7 +110,7 @@ def test_batches_and_epochs_end_where_counting_says(lengths: list[int], batch_to
 
 
 def whole_batches(lengths: list[int], batch_tokens: int, seed: int) -> Iterator[list[int]]:
-    """Of one file, as the first runs of this project had them."""
+    """Yield the batches of one file, in the order that the first runs of this project had."""
     batch: list[int] = []
     for epoch in range(10):
         order = list(range(len(lengths)))
@@ -333,7 +333,7 @@ def test_a_run_that_was_killed_within_an_epoch_gives_the_same_epochs_and_numbers
         lowest = 0.0 if step <= warm else 1e-4
         assert row["learning_rate"] == pytest.approx(lowest + (3e-3 - lowest) * part, rel=1e-9)
 
-    # What a kill leaves that came after the second epoch's directory was whole, and before its checkpoint was.
+    # Make what a kill leaves between the end of the second epoch's directory and the end of its checkpoint.
     shutil.copytree(run, whole, symlinks=True)
     step = max(one for one in saved if one < notes[1]["step"])
     assert step > notes[0]["step"]

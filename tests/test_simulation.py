@@ -1,4 +1,4 @@
-"""The simulator: decoding against one that goes token by token, steps by hand, rates that are found again."""
+"""Tests the simulator: decoding against a slower one that goes token by token, steps by hand, rates found again."""
 
 import importlib.util
 import json
@@ -161,7 +161,7 @@ def test_gpus_wait_for_what_rank_0_has_left_by_hand(config: Path) -> None:
     assert found["host"] == pytest.approx(waits)
     assert found["host_seconds"]["mean"] == pytest.approx(11.4)
     assert found["busy"] + sum(found["idle"].values()) == pytest.approx(1.0)
-    # Where it keeps up, the last response is left: 8.8 s / 16.
+    # If the host keeps up, only the last response is left: 8.8 s / 16.
     assert sum(rates.host_waits(100.0, 160, 16).values()) == pytest.approx(0.55 + 9.6)
 
 
@@ -172,7 +172,7 @@ def test_idle_shares_and_busy_are_the_whole(config: Path) -> None:
     assert found["busy"] + sum(found["idle"].values()) == pytest.approx(1.0)
     assert found["idle"]["waiting_for_training"] == found["idle"]["waiting_for_rollout"] == 0.0
     assert found["idle"]["sync"] == pytest.approx(np.mean([4.0 / step.seconds for step in steps]))
-    # By hand, the first step: busy are decoding at full speed and FLOPs at full speed.
+    # The busy share of the first step by hand: decoding and FLOPs, both at full speed.
     full_speed = 2 * 4 / 0.25
     even = 5 * 10 * (10.0 * 15 + 0.5 * 15**2) / 2 / 2000.0
     assert 1.0 - sum(steps[0].idle.values()) == pytest.approx((160 / full_speed + even) / steps[0].seconds)
@@ -295,7 +295,7 @@ def test_calibration_finds_the_rates_that_a_run_was_made_with(config: Path, tmp_
 
 
 def write_run(steps: list[Step], waves: list[Groups], folder: Path) -> None:
-    """What a run leaves that took these steps and sampled these waves."""
+    """Write the files of a run that took these steps and sampled these waves."""
     (folder / "rollouts").mkdir(parents=True)
     left, position, metrics = iter(waves), 0, []
     for number, step in enumerate(steps):
@@ -324,7 +324,7 @@ def write_run(steps: list[Step], waves: list[Groups], folder: Path) -> None:
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """tools/simulate_cluster.py on the paper's first stage, from the root of the repository."""
+    """Return a function that runs tools/simulate_cluster.py on the paper's first stage."""
     monkeypatch.chdir(ROOT)
     spec = importlib.util.spec_from_file_location("simulate_cluster", ROOT / "tools/simulate_cluster.py")
     assert spec

@@ -1,4 +1,4 @@
-"""examples/smollm2: its word problems; how its model is made; what is compared with TRL."""
+"""Tests examples/smollm2: its word problems, the making of its model, and what is compared with TRL."""
 
 import json
 import os

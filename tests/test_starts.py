@@ -1,4 +1,4 @@
-"""Every start of a run keeps the configuration that it trained with, and says what it changed."""
+"""Tests that every start of a run keeps the configuration that it trained with, and says what it changed."""
 
 import logging
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_each_start_keeps_its_configuration_and_says_what_it_changed(
 
 
 def test_a_configuration_from_before_starts_were_kept_is_the_first_one(tmp_path: Path) -> None:
-    """Its version did not know all of the keys, whose defaults are no change."""
+    """Check a configuration of a version that lacked some keys. Their defaults are no change."""
     config = config_of(tmp_path)
     lines = [line for line in dump_config(config).splitlines() if not line.startswith(("margin", "seed"))]
     (tmp_path / "run/config.toml").write_text("\n".join(lines), encoding="utf-8")
@@ -80,7 +80,7 @@ def test_the_report_has_every_start_but_the_first_with_what_it_changed(tmp_path:
 
 
 def test_what_is_accepted_is_what_could_not_be_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A start whose checkpoint is of other data is never accepted: rank 0 asks after it has restored everything."""
+    """Check that a start is accepted only after rank 0 has restored everything: other data still refuse it."""
     import megatron_rl.train.orchestrator.orchestrator as module
 
     accepted: list[int] = []

@@ -1,4 +1,4 @@
-"""`megatron-rl status` and `report --follow`: where a run is, from its files."""
+"""Tests that `megatron-rl status` and `report --follow` tell from a run's files where it is."""
 
 import json
 import os
@@ -43,7 +43,7 @@ for line in sys.stdin:
 
 
 class Process:
-    """A program that does what a run's rank 0 does with its heartbeat."""
+    """Runs a program that writes its heartbeat as rank 0 of a run does."""
 
     def __init__(self, run_dir: Path) -> None:
         command = [sys.executable, "-c", RUN, str(run_dir)]
@@ -126,7 +126,7 @@ def test_a_process_with_the_same_id_that_came_later_is_another_one(tmp_path: Pat
     beat = {"time": time.time() - 1e6, "host": socket.gethostname(), "pid": os.getpid(), "step": 3, "phase": "train"}
     (tmp_path / "run/heartbeat.json").write_text(json.dumps({**beat, "state": "running", "phase_seconds": 1.0}))
     assert status(tmp_path / "run")["state"] == "killed"
-    # Of another machine only its beats are seen.
+    # Only the heartbeats of a run on another machine can be seen, not its processes.
     beat |= {"host": "elsewhere", "state": "running", "phase_seconds": 1.0}
     (tmp_path / "run/heartbeat.json").write_text(json.dumps(beat))
     assert status(tmp_path / "run")["state"] == "silent"
@@ -137,7 +137,7 @@ def test_a_process_with_the_same_id_that_came_later_is_another_one(tmp_path: Pat
 
 
 def test_alarms_are_found_again_in_the_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A gradient norm of 30 after ten of 1 is above ten times the usual; train.grad_norm_alarm = 100 allows it."""
+    """Check that a gradient norm of 30 after others of 1 is an alarm, but not with train.grad_norm_alarm = 100."""
     folder = make_run(tmp_path / "run", 1)
     norms = [1.0] * 12 + [30.0]
     rows = [{"step": i, "grad_norm": n, "step_seconds": 2.0, "reward": 0.5} for i, n in enumerate(norms)]

@@ -1,4 +1,4 @@
-"""The files of a step are written beside training: whole, in order, bounded, and before a checkpoint of the step."""
+"""Tests the files of a step, written beside training: whole, in order, bounded, and before the step's checkpoint."""
 
 import errno
 import threading
@@ -21,7 +21,7 @@ def files(tmp_path: Path) -> Iterator[StepFiles]:
 
 
 class Held:
-    """Lines of which the last comes when it may."""
+    """Gives two lines, the second only when `may_end` is set."""
 
     def __init__(self) -> None:
         self.may_end = threading.Event()
@@ -49,7 +49,7 @@ def test_a_file_is_there_when_it_is_whole_and_whoever_begins_it_goes_on(files: S
 
 
 def test_a_third_file_waits_for_the_first(files: StepFiles, tmp_path: Path) -> None:
-    """So what they hold in memory is that of two steps at most."""
+    """Check the wait, so that files hold in memory what two steps have at most."""
     helds = [Held() for _ in range(3)]
     for held, name in zip(helds[:2], "ab", strict=True):
         files.write(tmp_path / name, held, "lost")
@@ -100,7 +100,7 @@ def test_the_next_step_hears_of_what_failed_and_a_mistake_of_ours_stays_one(file
 
 
 def test_lines_are_made_in_a_share_of_the_time_until_somebody_waits_for_them(files: StepFiles, tmp_path: Path) -> None:
-    """Whoever launches the operations of training waits for each line that is made here."""
+    """Check that lines take a share of the time until `settle`: training's thread waits while a line is made."""
     spent: list[float] = []
 
     def busy() -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Where ranks meet: a wait for rank 0 that takes nobody else for it."""
+"""Tests the store where ranks meet: no rank takes another process for rank 0."""
 
 import socket
 import threading
@@ -13,7 +13,7 @@ from megatron_rl.stores import join
 
 
 def test_a_connection_to_itself_is_not_taken_for_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kernel now and then makes of a try to connect to a port of its own range where nobody listens."""
+    """Check a socket that is connected to itself, as the kernel may do when nobody listens at an ephemeral port."""
     place = Place(rank=1, world_size=2, local_rank=1, local_world_size=2, port=free_port())
     connect = socket.create_connection
     tries: list[tuple[str, int]] = []

@@ -1,4 +1,4 @@
-"""Streams of the embedded server, in this process."""
+"""Tests streams of the embedded server, in this process."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""`megatron-rl plan --suggest`: the fastest layout that fits, against layouts that were found by hand."""
+"""Tests `megatron-rl plan --suggest`: the fastest layout that fits, against layouts found by hand."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ SERVERS = [
     "rollout.max_running_requests=64",
     "rollout.release_memory=true",
 ]
-# Found by hand: GPUs, GiB of each, and what fits.
+# Layouts found by hand: the number of GPUs, GiB of each, and the settings that fit.
 BY_HAND = [
     (8, 80, ["parallel.expert=8", "parallel.tensor=1", "model.recompute=full", *SERVERS]),
     (
@@ -98,7 +98,7 @@ def test_where_nothing_fits_that_is_told(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_fine_tuning_is_searched_too() -> None:
-    """All states of 16.8 B parameters are 18 bytes each: 302 GB, 38 on each of 8 GPUs."""
+    """Check fine-tuning: the states of 16.8 B parameters are 18 bytes each, 302 GB in all, 38 GB on each of 8 GPUs."""
     config = load_config(SftConfig, ROOT / "examples/ring_lite/paper_256gpu/sft.toml", without_weights=True)
     found = suggest(config, shape_of(config)[0], cluster(8, 80))
     assert found
@@ -111,7 +111,7 @@ def test_fine_tuning_is_searched_too() -> None:
 
 
 def test_adapters_are_searched_on_one_gpu_where_all_weights_do_not_fit() -> None:
-    """Frozen weights take 34 GB of the 80, and all states of 16.8 B parameters 302 GB."""
+    """Check adapters: frozen weights take 34 GB of the 80, and all states of 16.8 B parameters would take 302 GB."""
     loose = ["parallel.expert=1", "parallel.tensor=1", *SERVERS[1:]]
     config, architecture = loaded(*loose)
     assert suggest(config, architecture, cluster(1, 80)) == []

@@ -1,4 +1,4 @@
-"""A server that knows nothing of us ends with the process that started it."""
+"""Tests that a server ends with the process that started it, though it does not watch that process."""
 
 import os
 import signal
@@ -70,7 +70,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 15.0) -> None:
 
 
 def is_gone(pid: int) -> bool:
-    """True for zombies too: whoever adopted it has not looked yet."""
+    """Return whether a process is gone. A zombie is gone too: the process that adopted it has not looked yet."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:

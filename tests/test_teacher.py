@@ -1,4 +1,4 @@
-"""`megatron-rl rollout` with an endpoint as teacher: what is asked, what is written, failures, and going on."""
+"""Tests `megatron-rl rollout` with an endpoint as teacher: what is asked and written, failures, and resuming."""
 
 import gc
 import json
@@ -45,7 +45,7 @@ def question(body: dict[str, Any]) -> str:
 
 
 def answer(body: dict[str, Any]) -> str:
-    """Right about even numbers."""
+    """Answer correctly about even numbers only."""
     number = int(question(body).split()[-1])
     return f"Well. \\boxed{{{number if number % 2 == 0 else 'what?'}}}"
 
@@ -147,7 +147,7 @@ def test_a_run_that_was_killed_goes_on_and_asks_only_what_is_missing(endpoint, r
 
 
 def test_a_second_run_leaves_the_file_of_the_first_alone(rollout, tmp_path: Path) -> None:
-    """It would ask the same prompts, and cut off what the first is about to write."""
+    """Check that a second run is refused: it would ask the same prompts and cut off what the first one writes."""
     rollout("--prompts", "2")
     with (tmp_path / "out.jsonl").open("a") as file:
         file.write('{"position": 2, ')
@@ -192,7 +192,7 @@ def test_a_prompt_that_fails_has_no_rows_until_it_is_asked_again(endpoint, rollo
 
 
 def test_a_prompt_that_always_fails_does_not_keep_a_resumed_run_from_ending(endpoint, rollout, tmp_path: Path) -> None:
-    """It is one of six, in whichever call it is asked."""
+    """Check that the failing prompt counts as one of six in each start."""
     _, handler = endpoint
     refused = (400, {"error": "what a question"})
     handler.answer = staticmethod(lambda body: refused if question(body) == "Say 3" else answer(body))

@@ -1,4 +1,4 @@
-"""What a person at the terminal reads: short lines on stdout, warnings on stderr, one line at an interruption."""
+"""Tests the terminal output: short lines on stdout, warnings on stderr, one line at an interruption."""
 
 import os
 import re
@@ -27,7 +27,7 @@ def test_a_line_that_is_too_long_loses_its_least_important_parts_and_keeps_the_l
 
 
 def test_a_step_line_of_a_long_run_fits() -> None:
-    """As the orchestrator makes it, at its longest."""
+    """Check the longest line that the orchestrator writes."""
     parts = ["step 99999 of 100000", "reward -0.500", "no answer 100%", "entropy 12.34", "1.23e+03 s"]
     assert len(fitted([*parts, "ETA 1234.5 h"])) <= COLUMNS
 
@@ -110,7 +110,7 @@ def test_what_goes_well_is_on_stdout_and_warnings_are_on_stderr() -> None:
 
 
 def test_a_command_says_something_before_it_imports_anything_heavy(tmp_path: Path) -> None:
-    """So that a line is there within a second; what follows takes several."""
+    """Check that a line is shown before anything heavy is imported, which takes several seconds."""
     script = (
         "import sys\nfrom megatron_rl import cli\nwrite = sys.stdout.write\n"
         "def noted(text):\n    write(f'{sorted({*sys.modules} & {*sys.argv[2:]})} {text}')\n"

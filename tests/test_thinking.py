@@ -1,4 +1,4 @@
-"""Chat templates of Ling 2.0 and Qwen3, with thinking on and off: what is sampled from, and what fine-tuning learns.
+"""Tests templates of Ling 2.0 and Qwen3 with thinking on and off: what is sampled from, and what fine-tuning learns.
 
 The templates here are ours, and short; what they render for these conversations is what the vendors' render.
 """
@@ -66,7 +66,7 @@ SYSTEM = Message(role="system", content="be brief")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A model directory of each vendor's special tokens and template."""
+    """Make a model directory with each vendor's special tokens and template."""
     folder = tmp_path_factory.mktemp("thinking")
     flags = ["--hidden-size", "16", "--layers", "1", "--experts", "2", "--moe-intermediate-size", "8"]
     forked.run([sys.executable, SCRIPT, folder / "model", *flags]).check_returncode()

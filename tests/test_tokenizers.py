@@ -1,4 +1,4 @@
-"""Tokenizers of either kind that Ling-lite directories come with, trained here, and Ling-lite's own facts."""
+"""Tests both kinds of tokenizers that Ling-lite directories come with, trained here, and Ling-lite's own facts."""
 
 import io
 import json
@@ -35,7 +35,7 @@ def corpus() -> list[str]:
 
 
 def byte_level(directory: Path) -> None:
-    """tokenizer.json as Ling-lite's: byte-level BPE, digits one by one."""
+    """Write a tokenizer.json as Ling-lite's: byte-level BPE, digits one by one."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -54,7 +54,7 @@ def byte_level(directory: Path) -> None:
 
 
 def sentence_piece(directory: Path) -> None:
-    """tokenizer.model of a sentencepiece BPE with byte fallback, and the template in a file of its own."""
+    """Write a tokenizer.model of a sentencepiece BPE with byte fallback, and the template in a file of its own."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus()),

@@ -1,4 +1,4 @@
-"""Which responses are traced, what is written of each token, and its part of the response's text."""
+"""Tests which responses are traced, and what is written of each token and of its part of the text."""
 
 import json
 import math
@@ -26,7 +26,7 @@ NUM_IDS = 300  # fewer than either tokenizer has
 
 @pytest.fixture(scope="module", params=KINDS)
 def decoded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Decoded:
-    """(tokenizer, decode) of a byte-level BPE, and of a sentencepiece BPE that falls back to bytes."""
+    """Return (tokenizer, decode) of a byte-level BPE, and of a sentencepiece BPE that falls back to bytes."""
     directory = tmp_path_factory.mktemp("tokenizer")
     (directory / "config.json").write_text(json.dumps({"model_type": "bailing_moe"}))
     KINDS[request.param](directory)

@@ -1,4 +1,4 @@
-"""What a run watches itself for."""
+"""Tests the guards of a run: its alarms, deadlines and other checks of itself."""
 
 import json
 import subprocess
@@ -42,7 +42,7 @@ def test_so_many_skipped_steps_in_a_row_are_allowed_and_one_more_is_not() -> Non
 
 
 def alarms_after(past: Sequence[Mapping[str, Any]]) -> Alarms:
-    """Of a run that goes on behind these rows."""
+    """Return the alarms of a run that goes on after these rows."""
     alarms = Alarms(SECTION)
     for row in past:
         alarms.check(row)

@@ -1,4 +1,4 @@
-"""A run that learns nothing says so within three steps, with causes and responses."""
+"""Tests that a run that learns nothing says so within three steps, with causes and responses."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ HEALTHY = {
 
 
 def alarms_after(past: Sequence[Mapping[str, Any]]) -> Alarms:
-    """Of a run that goes on behind these rows."""
+    """Return the alarms of a run that goes on after these rows."""
     alarms = Alarms(SECTION)
     for row in past:
         alarms.check(row)
@@ -33,7 +33,7 @@ def alarms_after(past: Sequence[Mapping[str, Any]]) -> Alarms:
 
 
 def told(num_steps: int, **changes: Any) -> list[list[str]]:
-    """What is said of each of so many steps of a new run."""
+    """Return the alarms of each of so many steps of a new run."""
     alarms = Alarms(SECTION)
     return [alarms.check(HEALTHY | changes) for _ in range(num_steps)]
 

@@ -1,4 +1,4 @@
-"""The objective on a small batch: what each token's ratio refers to, and what corrections do to it."""
+"""Tests the objective on a small batch: what each token's ratio refers to, and what corrections do to it."""
 
 import dataclasses
 import math
@@ -45,7 +45,7 @@ def make_batch(fresh: bool, old: list[float] | None = None, reference: list[floa
 
 
 def gradient(options: dict, batch: MicroBatch) -> tuple[list[float], Terms]:
-    """d(total) / d(log-prob of each token)."""
+    """Return d(total) / d(log-prob of each token), and the terms."""
     section = AlgorithmSection(**{"entropy_coefficient": 0.0, **options})
     logprobs = torch.tensor(PRESENT, dtype=F64, requires_grad=True)
     terms = PolicyObjective(section)(logprobs, torch.zeros(4, dtype=F64), batch)
@@ -127,7 +127,7 @@ def test_the_kl_term_pulls_towards_the_reference() -> None:
 @pytest.mark.parametrize("algorithm", ["c3po", "gspo"])
 @pytest.mark.parametrize("correction", ["none", "icepop", "kpop", "tis"])
 def test_nothing_in_a_micro_batch_waits_for_a_value(algorithm: str, correction: str) -> None:
-    """On the meta device there are no values: whatever asks for one, or for a size that depends on one, raises."""
+    """Check on the meta device, which has no values: what asks for one, or for a size that depends on one, raises."""
     where = torch.device("meta")
     batch = make_batch(fresh=True, old=PRESENT, reference=PRESENT)
     moved = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "packed"}

@@ -1,4 +1,4 @@
-"""What became of every sample of a rollout phase, and the numbers that say so."""
+"""Tests the outcome of every sample of a rollout phase, and the metrics of the phase."""
 
 import json
 from collections import Counter
@@ -27,7 +27,7 @@ def prompt_of(position: int) -> Prompt:
 
 
 def make_phase(keep_surplus: bool = True) -> Phase:
-    """Budget 20: one carried sample of 6 tokens, then 14 of the 30 tokens of two new groups."""
+    """Make a phase with a budget of 20: a carried sample of 6 tokens, then 14 of the 30 tokens of two new groups."""
     carried = (make_sample(90, 0, 6, version=2, reward=0.0),)
     used = [group(0, [5, 10], [1.0, 0.0]), group(1, [10, 5], [0.0, 1.0])]
     filtered = [group(2, [7, 9], [1.0, 1.0])]
@@ -123,7 +123,7 @@ def test_examples_are_of_two_failures_or_of_two_prompts() -> None:
 
 
 def phase_with_reasons(reasons: list[str]) -> Phase:
-    """make_phase, but of one group more whose samples have these reasons: 8 + n responses."""
+    """Return make_phase's phase with one more group, whose samples have these reasons: 8 + n responses."""
     phase = make_phase()
     judged = group(5, [3] * len(reasons), [0.0] * len(reasons))
     samples = tuple(replace(s, reason=reason) for s, reason in zip(judged.samples, reasons, strict=True))

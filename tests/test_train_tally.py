@@ -1,4 +1,4 @@
-"""Reduction of a step's metrics: sums by tokens, distributions by quantiles of everything."""
+"""Tests the reduction of a step's metrics: sums by tokens, and distributions by quantiles of all values."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,5 @@
-"""Trajectories of agents: of many turns, in one segment or several, exactly the policy's tokens are trained, once."""
+"""Tests trajectories of agents, of many turns in one or more segments: exactly the policy's tokens are trained,
+once."""
 
 import io
 import json
@@ -38,7 +39,7 @@ Made = list[tuple[int, int | list[tuple[int, int]]]]
 
 
 def segment_of(made: tuple[int, int | list[tuple[int, int]]], version: int, ids: Iterator[int]) -> Segment:
-    """Policy tokens have ids that no other token of the test has, and minus these for log-probs; others have 0."""
+    """Make a segment whose policy tokens have ids of their own, and minus the ids as log-probs. Others have 0."""
     num_prompt, of_turns = made
     if isinstance(of_turns, int):
         segment = make_segment(of_turns, version, num_prompt_tokens=num_prompt)
@@ -61,7 +62,7 @@ def policy_tokens(response: Response) -> list[int]:
 
 
 def trained_sequences(schedule: Schedule) -> list[list[TrainSequence]]:
-    """What both data-parallel ranks train, by optimizer step, over the way from rank 0 to them."""
+    """Return what both data-parallel ranks train in each optimizer step, sent as rank 0 sends it."""
     plan = schedule.plan
     routing = _routing(plan, schedule.samples)
     work = [_sequences(plan, r, routing, _gather(plan, schedule.samples, r, routing)) for r in range(2)]
@@ -170,7 +171,8 @@ def test_without_a_budget_all_policy_tokens_are_trained_and_a_trajectory_counts_
 
 
 def two_segments(index: int = 0, reward: float = 1.0) -> Sample:
-    """Nine policy tokens: two turns of 2 and 3 between those of others, then a prompt that changed and a turn of 4."""
+    """Make a sample of nine policy tokens: turns of 2 and 3 between others' tokens, then a new prompt and a turn of
+    4."""
     first = segment_of((3, [(1, 2), (2, 3)]), 3, count(11))
     second = replace(segment_of((9, 4), 3, count(21)), prompt_ids=np.array([0, 0, 0, 0, 11, 12, 7, 8, 9], np.int32))
     sample = make_trajectory(5, index, [first, second], reward)

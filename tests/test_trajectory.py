@@ -1,4 +1,4 @@
-"""What a trajectory's requests have the policy read, and what is recorded, of a policy that is told what to say."""
+"""Tests what a policy reads in a trajectory's requests and what is recorded. The test says what the policy writes."""
 
 import asyncio
 import json
@@ -29,7 +29,7 @@ def tokenizer(tmp_path_factory):
 
 
 class Talk:
-    """A trajectory, and the servers behind it."""
+    """Holds a trajectory and a policy that writes what the test says."""
 
     def __init__(self, tokenizer, say, *, turns=8, policy_tokens=2000, sequence_tokens=4000, **options):
         self.tokenizer = tokenizer
@@ -43,7 +43,7 @@ class Talk:
         )
 
     async def ask(self, messages, **body):
-        """The message that a client would be given, and what the policy read."""
+        """Ask once. Return the message that the client gets, what the policy read, and the answer."""
         answer = await self.trajectory.chat(parse_chat({"messages": messages, **body}))
         message = {"role": "assistant", "content": answer.said.content}
         if answer.said.calls:
@@ -55,7 +55,7 @@ class Talk:
         return message, read, answer
 
     def shown(self):
-        """The segments as text; what the policy sampled in [ ]."""
+        """Return the segments as text, with what the policy sampled in [ ]."""
         return [shown(self.tokenizer, segment) for segment in self.trajectory.recording.segments()]
 
 
@@ -124,7 +124,7 @@ def test_calls_of_tools_are_found_and_their_results_go_behind_what_was_sampled(t
         assert text.endswith(
             f"assistant\n[<think>add</think>let me {CALL}{END}]\n{START}tool\n3 {END}{END}\n{START}assistant\n[3{END}]"
         )
-        # What a tool says is no token of the template's: one {END} of its result is text.
+        # A tool's text makes no special token: the {END} in its result is plain text.
         (segment,) = here.trajectory.recording.segments()
         ids = segment.output_ids[segment.turns[0, 1] : segment.turns[1, 0]].tolist()
         assert ids.count(tokenizer.eos_token_id) == 1
@@ -171,7 +171,7 @@ def test_where_a_client_changes_history_a_new_segment_begins(tokenizer) -> None:
             f"{beginning}[three{END}]{end}[seven{END}]",
             f"{beginning}4{END}{end}[six{END}]",
         ]
-        # Twice behind the same answer: the second time its tokens are read only.
+        # Two requests go on from one answer. In the second its tokens are read, not trained again.
         await_again = Talk(tokenizer, ["three", "six", "seven"])
         first, _, _ = await await_again.ask([ASK])
         for _ in range(2):
@@ -283,7 +283,7 @@ def test_what_was_sampled_before_a_kill_is_not_sampled_again(tokenizer) -> None:
 
 @st.composite
 def turn_lists(draw):
-    """Turns of a trajectory whose contexts go on with what was there, or with a part of it, or with none."""
+    """Draw turns of a trajectory whose contexts continue an earlier one, a part of it, or none."""
     turns, wholes = [], [()]
     for number in range(draw(st.integers(1, 8))):
         base = draw(st.sampled_from(wholes))

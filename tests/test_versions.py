@@ -1,4 +1,4 @@
-"""`--version` says what is installed; a missing megatron-core is one sentence."""
+"""Tests that `--version` says what is installed, and that a missing megatron-core gives one sentence."""
 
 import importlib.machinery
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""What killed runs left in shared memory is removed, and nothing of anybody else."""
+"""Tests that leftovers of killed runs in shared memory are removed, and nothing else."""
 
 import fcntl
 import os

@@ -1,5 +1,7 @@
-"""Weight gradients of Transformer Engine's layers, added up in fp32 inside of the product: stand-ins that treat a flag,
-and megatron's sums, as Transformer Engine 2.20 does, in megatron's own DDP."""
+"""Tests weight gradients of Transformer Engine's layers, which are added up in fp32 inside the product.
+
+Stand-ins treat a flag, and megatron's sums, as Transformer Engine 2.20 does, in megatron's own DDP.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -37,7 +39,8 @@ def _alone() -> Iterator[None]:
 
 
 class _Product(torch.autograd.Function):
-    """x W^T; backward adds to `main_grad` if asked, says so, and gives what nobody may read."""
+    """Computes x W^T. Its backward adds to `main_grad` if it is asked to, says so, and returns a gradient not to be
+    read."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, fused: bool) -> Tensor:
@@ -60,7 +63,7 @@ def parameter() -> torch.nn.Parameter:
 
 
 class Linear(torch.nn.Module):
-    """As te.Linear: without a bias it has an empty one, which is no parameter."""
+    """Stands in for te.Linear. Without a bias that has an empty tensor, which is no parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +74,7 @@ class Linear(torch.nn.Module):
 
 
 class LayerNormLinear(Linear):
-    """As te.LayerNormLinear: the norm's weight is its own."""
+    """Stands in for te.LayerNormLinear, which holds the norm's weight too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +85,7 @@ class LayerNormLinear(Linear):
 
 
 class GroupedLinear(torch.nn.Module):
-    """As te.GroupedLinear: weights in parameters of their own."""
+    """Stands in for te.GroupedLinear, where each expert's weight is a parameter of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,7 +193,7 @@ def tiny(folder: Path) -> tuple[Any, SftConfig]:
 
 @pytest.mark.parametrize("gradient", ["transformer_engine", "separate"])
 def test_a_model_is_built_with_what_was_chosen(gradient: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron's own linear layers get the flag, as if they were Transformer Engine's."""
+    """Check that megatron's own linear layers get the flag, in place of Transformer Engine's."""
     architecture, config = tiny(tmp_path)
     monkeypatch.setattr(ColumnParallelLinear, "fuse_wgrad_accumulation", False, raising=False)
     monkeypatch.setattr(build, "choose", lambda *asked: replace(choose(*asked), weight_gradient=gradient))
@@ -202,7 +205,7 @@ def test_a_model_is_built_with_what_was_chosen(gradient: str, tmp_path: Path, mo
 
 
 def test_what_megatron_would_take_of_other_packages_is_torchs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With Transformer Engine or apex installed megatron takes their Adam, norm and scaling by itself."""
+    """Check that torch's Adam, norm and scaling are used. Megatron would take Transformer Engine's or apex's."""
     theirs = object()
     monkeypatch.setattr(trainer.megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False)
     monkeypatch.setattr(trainer.megatron_optimizer, "Adam", theirs)

@@ -1,4 +1,4 @@
-"""Context parallelism's arithmetic: who holds which positions, and which loss tokens come with them."""
+"""Tests the arithmetic of context parallelism: which rank holds which positions and loss tokens."""
 
 import random
 

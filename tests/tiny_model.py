@@ -1,4 +1,4 @@
-"""A tiny random BailingMoE directory for tests: config.json and model.safetensors under Hugging Face names."""
+"""Writes a tiny random BailingMoE directory for tests: config.json and model.safetensors under Hugging Face names."""
 
 import json
 from pathlib import Path
@@ -67,7 +67,7 @@ def write_tiny_model(directory: Path | str, seed: int = 0, **overrides: Any) -> 
 
 
 def tiny_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
-    """Random fp32 tensors of the model of `config`, by name."""
+    """Return random fp32 tensors of the model of `config`, by name."""
     generator = torch.Generator().manual_seed(seed)
     h, v = config["hidden_size"], config["vocab_size"]
     nq, nkv = config["num_attention_heads"], config["num_key_value_heads"]
@@ -112,7 +112,7 @@ def tiny_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
 
 
 def tensors_of(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of a directory's safetensors files, by name."""
+    """Return every tensor of a directory's safetensors files, by name."""
     found: dict[str, Tensor] = {}
     for file in directory.glob("*.safetensors"):
         found |= load_file(file)

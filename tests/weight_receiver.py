@@ -1,4 +1,4 @@
-"""A stand-in for a generation server: takes weight updates by SGLang's routes, over gloo or NCCL, and says what came.
+"""Stands in for a generation server: takes weight updates by SGLang's routes, over gloo or NCCL, and says what came.
 
     python tests/weight_receiver.py {gloo,nccl}      prints its url
 
@@ -22,7 +22,7 @@ from megatron_rl.tensor_bytes import checksum
 
 
 class Receiver(BaseHTTPRequestHandler):
-    """One update group at a time, all requests in one state."""
+    """Serves one update group at a time. All requests share one state."""
 
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # headers and body in one packet: two would wait 40 ms for an acknowledgement
@@ -93,8 +93,10 @@ def serve(receiver: type[Receiver]) -> None:
 
 @contextmanager
 def serving(command: Sequence[str], **options: Any) -> Iterator[str]:
-    """The url that a command prints which calls `serve`; it is a process of its own, as a server would be. options: of
-    Popen."""
+    """Run a command that calls `serve`, in a process of its own as a server would be. Yield the URL that it prints.
+
+    options: of Popen.
+    """
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
     assert process.stdout is not None
     try:

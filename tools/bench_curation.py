@@ -33,7 +33,7 @@ THRESHOLD = 0.8
 NUM_BENCHMARK_ROWS = 1000
 WAITING_ROWS = 20_000  # rows that may still get a duplicate
 
-# What a row is planted as -> share of rows. The name is the reason that must be given, up to the slash.
+# The share of rows planted of each sort. A name up to its slash is the reason that must be given.
 SHARES = {
     "duplicate": 0.02,
     "near_duplicate": 0.03,

@@ -59,7 +59,7 @@ SHORT_TOKENS = 256  # of a point that tells what a response costs from what its 
 PROMPT_TOKENS = 200
 SHOWN_GPUS = (8, 64, 256)
 
-# What is timed inside of others: module, name, part. Whatever the phase does beside these is reading replies.
+# Functions timed within the phase: module, name, part. The rest of the phase is reading replies.
 TIMED = (
     ("megatron_rl.rollout.journal", "pack_carry", "journal"),
     ("megatron_rl.rollout.client", "decode_routed_experts", "routed_experts"),
@@ -321,7 +321,7 @@ def peak_bytes() -> int:
     return peak
 
 
-# What the points say -------------------------------------------------------------------------------------------------
+# Laws fitted to the points -------------------------------------------------------------------------------------------
 
 
 def law(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:

@@ -31,7 +31,7 @@ _FENCE = re.compile(r"^([ ]*)```(\w*)[^\n]*\n(.*?)^\1```[ ]*$", re.MULTILINE | r
 _INDENTED = re.compile(r"(?:(?<=\n\n)|(?<=\A))((?:[ ]{4,}[^\n]*\n)+)", re.MULTILINE)
 _INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-# What looks like a key of a section: files, and what an agent asks of its model.
+# These look like keys of a section but are none: files, and what an agent asks of its model.
 _NO_KEYS = re.compile(r".*\.(py|toml|jsonl|json|sbatch|md)|model\.(chat|complete|base_url|api_key)")
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("megatron_rl", "tools", "examples")
 
 _MODE = re.compile(r"[rwxabt+]+")
-# Where the mode stands among the arguments, and what it is where it is left out.
+# The position of the mode among a call's arguments, and the mode when it is left out.
 _OPENERS = {
     **dict.fromkeys(("open", "io.open", "os.fdopen", "codecs.open"), (1, "r")),
     **dict.fromkeys(("gzip.open", "bz2.open", "lzma.open"), (1, "rb")),

@@ -46,7 +46,7 @@ COMPARISONS: dict[str, dict[str, list[str]]] = {
     "icepop": C3PO | {"icepop": ["ablations/icepop"]},
     "stages": {"two-stage": [STAGE_1, STAGE_2], "mixed": ["ablations/mixed"]},
 }
-# What Figure 7 shows, by the names of metrics.jsonl.
+# The quantities of Figure 7, by their names in metrics.jsonl.
 QUANTITIES = {
     "num_loss_tokens": "tokens per step",
     "grad_norm": "gradient norm",

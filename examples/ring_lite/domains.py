@@ -158,7 +158,7 @@ def pipeline(rng: random.Random) -> Problem:
 
 # -- science -----------------------------------------------------------------------------------------------------------
 
-# What is asked, what it is the product of, and the units of the three.
+# Each law is a quantity, the two factors it is the product of, and the units of all three.
 _LAWS = (
     ("d", "v", "t", "m", "m/s", "s"),
     ("F", "m", "a", "N", "kg", "m/s^2"),

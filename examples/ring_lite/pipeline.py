@@ -34,7 +34,7 @@ MODELS = {
     "stage 2": RUN / "stage2_code_science/hf",
     "final": RUN / "export",
 }
-# Settings by configuration: so little that all stages end in a few minutes. It shows that they run, not what they can.
+# Settings of each configuration that make all stages end in a few minutes. They show that the stages run, no more.
 SMOKE: dict[str, dict[str, object]] = {
     "teacher": {"train.steps": 300},
     "distill": {"rollout.prompts_per_step": 2000},

@@ -14,7 +14,7 @@ from fractions import Fraction
 from itertools import accumulate
 from typing import Literal, NamedTuple
 
-# What one phase counts for in the next one's expectation: the policy changes, and a single phase is a small sample.
+# Weight of past phases in what the next is expected to bring: the policy changes, but one phase is a small sample.
 _DECAY = 0.8
 
 ANY = ""  # stands for every domain, where domains have no budgets of their own
@@ -230,8 +230,8 @@ def shortfalls(
     carried: tokens that are there already. per_prompt: what prompts brought up to the last phase. Both are by domain,
     as shares are. longest: tokens of the longest response. margin: see `Shortfall`.
     """
-    # What crosses the budget of one optimizer step is not there for the next. Without domains the last step of several
-    # may be short by that much.
+    # A response that crosses the budget of one optimizer step leaves fewer tokens for the next. Without domains no
+    # spare is asked for: the last step may be short.
     spare = 0 if ANY in shares else (len(budgets) - 1) * (longest - 1)
     parts = [apportion(budget, shares) for budget in budgets]
     return [

@@ -21,7 +21,7 @@ from megatron_rl.files import INDEX, indexed_names, model_files, open_model_file
 from megatron_rl.parsing import parse_json
 from megatron_rl.tensor_bytes import as_bytes
 
-# What a model directory carries beside its weights, copied along byte for byte.
+# Files beside the weights with these endings are copied along, byte for byte.
 COMPANIONS = (".json", ".jinja", ".py", ".model", ".txt")
 # The types by the names of a safetensors header.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

@@ -243,7 +243,7 @@ def _factor(
     )
 
 
-# How Transformer Engine's fused modules call what the local modules call otherwise.
+# Transformer Engine's fused modules name some parameters differently from the local modules.
 _ALIASES = (
     (re.compile(r"self_attention\.linear_qkv\.layer_norm_weight$"), "input_layernorm.weight"),
     (re.compile(r"mlp\.linear_fc1\.layer_norm_weight$"), "pre_mlp_layernorm.weight"),

@@ -20,7 +20,7 @@ import torch
 
 from megatron_rl.errors import Fault
 
-# What a pickle may name, by module and name there, and what it gets for it.
+# Maps each (module, name) that a pickle may ask for to the object that it gets.
 Known = Mapping[tuple[str, str], Any]
 
 
@@ -88,7 +88,7 @@ def unpickle(data: bytes, known: Known, where: str) -> Any:
     return _Gate(data, known, where).load()
 
 
-# What may be a key: the hash of a tuple that holds one tuple twice, and so on fifty times, takes years.
+# Only these types may be keys. A tuple that holds one tuple twice, nested fifty times, takes years to hash.
 _KEYS = (str, int, float, bytes, type(None), Record, Ignored)
 
 

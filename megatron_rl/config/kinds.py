@@ -21,7 +21,7 @@ KINDS: dict[str, type[Section]] = {
     "evaluate": EvaluateConfig,
     "select": SelectConfig,
 }
-# What a file for each command has and the others lack.
+# The sections that tell a file for each command from the others.
 _MARKS = {
     "train": "[rollout], [budget] and [train]",
     "sft": "[data] of chats, [train] and no [rollout]",

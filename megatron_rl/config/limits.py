@@ -1,5 +1,5 @@
-"""Finds numbers of an RL configuration that cannot work together: whoever starts with them trains on nothing, or on
-less than the file says. `RlConfig` refuses what is impossible; a start warns of what is hardly meant."""
+"""Finds numbers of an RL configuration that do not work together: a run would train on nothing, or on less than the
+file says. `RlConfig` refuses what is impossible; a start warns of what is hardly meant."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any

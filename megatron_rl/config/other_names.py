@@ -112,7 +112,7 @@ _NAMES = {
     "cluster.nodes": "nnodes num_nodes actor_num_nodes",
     "cluster.gpus_per_node": "n_gpus_per_node num_gpus_per_node actor_num_gpus_per_node",
 }
-# What has no key here, and why.
+# Settings of other programs that have no key here, and why.
 _NONE = {
     "top_p": "training samples from the whole distribution, since it needs the log-prob of every token; `evaluate` "
     "has rollout.top_p, and [validation] has top_p",

@@ -39,7 +39,7 @@ class JudgeSection(EndpointSection):
 # Compares what stands in the box with the reference answer; a model may be asked about those that rules call wrong.
 BY_ANSWER = ("exact", "math", "stem")
 BUILT_IN = (*BY_ANSWER, "code")
-# For evaluation alone: a guess is right too often to learn from.
+# Choices are for evaluation alone: a guess is right too often to learn from.
 OF_BENCHMARKS = (*BUILT_IN, "choice")
 
 

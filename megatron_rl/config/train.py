@@ -13,7 +13,8 @@ Recompute = Annotated[
 ]
 
 
-# What megatron-core 0.19.2 can recompute of local layers; norms alone want Transformer Engine.
+# The modules of local layers that megatron-core 0.19.2 can recompute. To recompute norms alone, it needs
+# Transformer Engine.
 RecomputeModule = Literal["core_attn", "mlp", "moe", "shared_experts"]
 
 

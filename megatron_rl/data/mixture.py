@@ -77,8 +77,7 @@ class Stream(ABC, Generic[Row]):
             source.path: source.rows for stage in stages for source in stage.sources
         }
         self._paths = list(self._sources)
-        # Where each position's row is: its file, and how many turns that file had before. Both grow on demand, so that
-        # they are small numbers.
+        # For each position, the number of its file and how many turns that file had before. Both arrays grow on demand.
         self._file, self._turn = array("H"), array("I")
         self._stages = tuple(stages)
         self._turns = _turns(stages)

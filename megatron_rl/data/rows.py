@@ -11,7 +11,8 @@ from megatron_rl.parsing import bounded_lines, parse_json, shown
 LOOKED_AT = 1000  # rows behind the first that is wrong: enough to see what else is
 _TOLD = 10
 
-# How data sets call what a prompt row has, the likeliest first; capitals and underscores do not count.
+# Column names of other data sets for each field of a prompt row, the likeliest first. Capitals and underscores do
+# not count.
 NAMES: Mapping[str, tuple[str, ...]] = {
     "prompt": (
         "prompt", "question", "problem", "query", "instruction", "question_content", "problem_description", "statement",
@@ -44,7 +45,7 @@ class Problems:
     """Gathers what is wrong with rows, so that it can be told at once. The same fault in many rows is told once."""
 
     def __init__(self) -> None:
-        # By file and fault: the first row's text, in how many rows, and where the first is.
+        # Maps (file, fault) to the first message, the number of such rows, and the line of the first.
         self._found: dict[tuple[str, str], tuple[str, int, int]] = {}
         self._unmapped: list[str] = []
 

@@ -191,7 +191,7 @@ def _left(config: EvaluateConfig, name: str, section: BenchmarkSection, tokenize
     benchmark = read_benchmark(name, section, config.reward, tokenizer, config.rollout.max_prompt_tokens)
     path = _path(folder, name)
     questions = benchmark.left(path)
-    # What an agent said of its own run cannot be judged again.
+    # An agent's score cannot be judged again, so nothing of it counts as given up.
     is_begun = len(questions) < len(benchmark.questions) and not config.rollout.has_agent
     num_given_up = sum(row.reason in GAVE_UP for row in judged_rows(path)) if is_begun else 0
     return _Left(benchmark=benchmark, questions=questions, num_given_up=num_given_up, path=path)

@@ -47,7 +47,7 @@ def _read(values: Mapping[str, Any]) -> dict[str, Any]:
         "num_experts": values["num_experts"],
         "num_experts_per_tok": count(values, "num_experts_per_tok", 1, 2**16),
         "moe_intermediate_size": count(values, "moe_intermediate_size", 1, MAX_WIDTH),
-        # One MLP of their joint width.
+        # The shared experts make one MLP of their joint width.
         "shared_intermediate_size": shared * width,
     }
     if found["num_experts_per_tok"] == 1 and values.get("norm_topk_prob") is not False:

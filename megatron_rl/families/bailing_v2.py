@@ -54,7 +54,7 @@ def _read(values: Mapping[str, Any]) -> dict[str, Any]:
         "num_experts": count(values, "num_experts", 1, 2**16),
         "num_experts_per_tok": experts_per_token,
         "moe_intermediate_size": width,
-        # One MLP of their joint width.
+        # The shared experts make one MLP of their joint width.
         "shared_intermediate_size": count(values, "num_shared_experts", 0, 4096) * width,
         "score_function": "sigmoid",
         "expert_bias": _flag(values, "moe_router_enable_expert_bias"),

@@ -8,7 +8,7 @@ from megatron_rl.families.bounds import whole_number
 from megatron_rl.families.rotary_fields import rotary_fields
 from megatron_rl.parsing import shown
 
-# What changes the numbers of a model and is implemented by no family: it must be absent or have one of these values.
+# No family implements these fields, which change a model's numbers. Each must be absent or have one of these values.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "quantization_config": (None,),

@@ -7,7 +7,7 @@ from typing import Any
 from megatron_rl.parsing import shown
 
 _ORIGINAL = "original_max_position_embeddings"
-# What each kind needs, and what it may have beside, by transformers' names.
+# The fields that each kind needs, and those that it may have, by transformers' names.
 _PARAMETERS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),

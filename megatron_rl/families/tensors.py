@@ -7,7 +7,7 @@ from megatron_rl.families.architecture import Architecture
 
 Shape = tuple[int, ...]
 
-# How the names of rotary frequencies end in files of old: here they are computed from config.json.
+# Old files hold rotary frequencies under names with this ending. Here config.json gives the frequencies.
 ROTARY_BUFFER = ".rotary_emb.inv_freq"
 
 

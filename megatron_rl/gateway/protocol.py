@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-# Variables of an agent's environment.
+# An agent finds these variables in its environment.
 BASE_URL, API_KEY = "OPENAI_BASE_URL", "OPENAI_API_KEY"
 TASK_FILE, RESULT_FILE, TRAJECTORY = "MEGATRON_RL_TASK", "MEGATRON_RL_RESULT", "MEGATRON_RL_TRAJECTORY"
 

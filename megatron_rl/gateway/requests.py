@@ -16,7 +16,7 @@ _IGNORED = {
     *("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
     *("parallel_tool_calls", "stream_options"),
 }
-# How the policy is sampled is the run's to say.
+# The run, not the request, sets how the policy is sampled.
 OF_THE_RUN = ("temperature", "top_p")
 # Accepted with the value that means what is done anyway.
 _OFF: dict[str, tuple[Any, ...]] = {

@@ -17,14 +17,14 @@ from megatron_rl.families import Architecture
 # for which the host waits (aten/native/GroupedMMUtils.h).
 FLASH_CAPABILITY = (8, 0)
 GROUPED_CAPABILITY = (9, 0)
-# What torch's flash attention takes without padding the heads. FlashAttention 4 takes the same on Hopper.
+# Torch's flash attention takes such heads without padding them. FlashAttention 4 takes the same on Hopper.
 MAX_FLASH_HEAD_DIM = 256
 FLASH_HEAD_DIM_MULTIPLE = 8
 # Major compute capabilities for which FlashAttention 4 has both passes and torch's own adapter lets it (Hopper and
 # Blackwell of data centres), and where the latter takes head dims up to this, or MAX_FLASH_HEAD_DIM.
 FA4_CAPABILITIES = (9, 10)
 FA4_BLACKWELL_HEAD_DIM = 128
-# What torch's grouped product, and quack's, demand of the rows of their operands.
+# The rows of the operands of torch's and quack's grouped products must be aligned to so many bytes.
 GROUPED_ROW_BYTES = 16
 
 

@@ -67,7 +67,7 @@ class GroupedExperts(SequentialMLP):
             probs = probs[:, None]
         rows = rows_of(expert_of, self.num_local_experts, _ALIGNED_BYTES // hidden.dtype.itemsize, ups.is_reversed)
         gate_and_up = ups.product(_Spread.apply(hidden, *rows[:2]), rows.ends)
-        # Where a row has no token it has the probability 0, and so an output and a gradient of the weights of 0.
+        # A row without a token has the probability 0, so it adds nothing to the output or to the weights' gradients.
         row_probs = probs.new_zeros(len(rows.token)).index_put((rows.of_choice.flatten(),), probs.flatten())
         activated = weighted_bias_swiglu_impl(gate_and_up, None, row_probs[:, None])
         output = downs.product(activated, rows.ends)
@@ -313,7 +313,7 @@ class Weights:
         """Hold the weights of the experts. weights: by expert. ready, add_product: see GroupedExperts."""
         self.is_reversed = is_reversed
         self._ordered = tuple(weights[::-1] if is_reversed else weights)
-        # Elements from one to the next; 0 where they do not lie evenly in this order.
+        # The number of elements from one weight to the next; 0 when they are not evenly spaced in this order.
         self._step = max(0, distance(self._ordered))
         self._main_step = max(0, distance([weight.main_grad for weight in self._ordered])) if ready else 0
         self._ready, self._add_product = ready, add_product

@@ -146,7 +146,7 @@ class FlashAttention4(PackedAttention):
         return attended.flatten(1)
 
 
-# What follows is imported where it is used: torch.nn.attention takes torch._dynamo along, 0.6 s of every process.
+# The functions below import torch.nn.attention themselves: it imports torch._dynamo, which takes 0.6 s.
 
 
 def _causal(num_queries: int, num_keys: int) -> dict[str, Any]:

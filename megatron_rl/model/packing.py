@@ -67,7 +67,7 @@ def pack(
     buckets = [
         Bucket(queries=send(torch.from_numpy(q), device), keys=send(torch.from_numpy(k), device)) for q, k in rows
     ]
-    # Where a token is repeated as padding, its first place is the real one; `unique` gives the first.
+    # Padding repeats a token behind its real place, so the first place is right, and `unique` gives that.
     _, restore = np.unique(np.concatenate([queries.flatten() for queries, _ in rows]), return_index=True)
 
     cos, sin = rotary.tables(positions)

@@ -33,7 +33,7 @@ def limit_problems(start: Start) -> Iterator[str]:
         kinds = {*config.reward.kinds, *(one.reward for one in start.benchmarks.values() if one.reward)}
         workers = max(2, len(kinds)) * config.reward.workers  # of each kind that needs some
     if rollout is not None:
-        # Two more of a server: its health is looked at beside a push of weights.
+        # Each server takes two more sockets: its health is looked at while weights are pushed.
         sockets = requests_in_flight(rollout, num_servers) + 2 * num_servers
         if rollout.has_agent:
             sockets *= 2  # as many agents ask

@@ -74,7 +74,7 @@ class Check:
     after: str = ""
 
 
-# What every start is asked, and what only `megatron-rl check` asks beside: it takes longer, or the run asks it later.
+# Every start does CHECKS. Only `megatron-rl check` also does THOROUGH: those take longer, or the run does them later.
 CHECKS: dict[str, Check] = {}
 THOROUGH: dict[str, Check] = {}
 

@@ -17,7 +17,7 @@ from megatron_rl.rollout.rollout_file import NO_TEACHER_IN_FILE
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What tokenizers divide differently: words, numbers, white space, letters of other scripts, code.
+# Tokenizers divide such text differently: words, numbers, white space, letters of other scripts, code.
 _PROBE = "What is 12345 + 678?\n\n  def f(x):\treturn x**2  # Größe, 数学, \U0001f600 e^{-i\\pi}"
 _SHOWN_CHARACTERS = 80
 

@@ -35,7 +35,7 @@ from megatron_rl.selection.candidates import find_candidates
 _CONNECT_SECONDS = 5.0
 # The bytes of a sampled token: its id, log-prob and version in the journal; its text there and in rollouts/.
 _JOURNAL_BYTES, _TEXT_BYTES = 16, 10
-# What a run itself does with its requirements; the others are for what it may be asked for.
+# The package whose own requirements are checked; those of its extras are optional.
 _OURS = "megatron_rl"
 
 

@@ -20,7 +20,7 @@ from megatron_rl.train.run.metrics import bar
 
 log = logging.getLogger(__name__)
 
-# What bounds the page's size: points of all curves of one metric, steps and characters of all responses.
+# These bound the page's size: points of all curves of one metric, steps and characters of all responses.
 _POINTS, _FEWEST_POINTS = 4000, 200
 _MOST_POINTS = 1000
 _STEPS, _FEWEST_STEPS = 60, 4

@@ -11,7 +11,7 @@ from megatron_rl.config.reference import told
 from megatron_rl.config.tracking import TrackingSection
 from megatron_rl.report.runs import Run
 
-# What says where and how fast a run went, but not what it trained.
+# These settings change where and how fast a run goes, but not what it trains.
 _PLACES = {"run_dir", "seed", "threads", "rollout.port", "rollout.urls", "rollout.sglang_python"}
 _PLACES |= {f"tracking.{name}" for name in TrackingSection.model_fields}
 _MOST_NAMED = 3

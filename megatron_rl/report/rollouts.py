@@ -15,7 +15,7 @@ _PROMPT_CHARACTERS = 4000
 _ANSWER_CHARACTERS = 300
 _TOKEN = 6
 _TAIL_SHARE = 0.4  # of what is shown of a long response: its answer is there
-# What train/orchestrator/phase_metrics.py and traces write first. Rows that begin otherwise are read whole.
+# train/orchestrator/phase_metrics.py and traces begin rows so. A row with another beginning is read whole.
 _BEGINNING = re.compile(rb'^\{(?:"prompt_id": "[^"\\]*", )?"position": (\d+), "sample_index": (\d+)[,}]')
 _KEPT = (
     *("sample_index", "reward", "reason", "details", "parts", "advantage", "outcome", "num_tokens", "num_loss_tokens"),

@@ -6,7 +6,7 @@ import re
 from megatron_rl.parsing import parse_json
 from megatron_rl.reward.boxed import boxes
 
-# What may stand between two boxes that give one list: `\boxed{1}$ and $\boxed{2}`. Anything longer is a new answer.
+# Only this may stand between the boxes of one list: `\boxed{1}$ and $\boxed{2}`. Other text begins a new answer.
 _SEPARATOR = re.compile(r"(?:[\s,;$]|\\[,;! ]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|\\\]|\\\[|\\\(|\\\)|\b(?:and|or)\b)*")
 _SAYS_MORE = re.compile(r"[,;]|\b(?:and|or)\b")
 _CUE = re.compile(r"\banswer(?: is| should be)?(?::| is\b)?\s*", re.IGNORECASE)
@@ -19,7 +19,7 @@ _REVISION = re.compile(
 _SAYS_ANSWER = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])|answer is")
 _END_OF_SENTENCE = re.compile(r"\.(?:\s|$)|\n|<\|")
 _MATH = re.compile(r"\$\$(.+?)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-# Standing alone: neither a part of a word, as in AZYUK2A, nor of a longer number. A unit may follow.
+# The number must stand alone: not in a word, as in AZYUK2A, nor in a longer number. A unit may follow.
 _NUMBER = re.compile(r"(?<![\w.,])[-+]?(?:\d[\d,]*(?:\.\d+)?(?:/\d+)?|\.\d+)(?:\s?%)?(?!\w*\d)")
 _CHOICE = re.compile(r"(?<![\w'])\(?([A-J])\)?(?![\w'])")
 _WORD = re.compile(r"[A-Za-z]{2,}")
@@ -110,7 +110,7 @@ def _after_cue(text: str) -> str:
     formula = _MATH.match(rest)
     if formula:
         return rest[: formula.end()]
-    # Only the sentence: what follows it ("I hope it is correct.") is no answer.
+    # Only the sentence counts: what follows it ("I hope it is correct.") is no answer.
     sentence = _END_OF_SENTENCE.split(rest, maxsplit=1)[0]
     return sentence if rest[:1] != "(" or ")" in sentence else rest
 

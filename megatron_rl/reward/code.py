@@ -274,7 +274,7 @@ def _check(line: bytes, expected: Any, task: Calls) -> None:
             raise _Failed(f"expected {short(expected)}, got {short(result)}")
     except _Failed:
         raise
-    # The fault boundary: whatever a result does to whoever looks at it, it is not what was expected.
+    # The fault boundary: a result that raises when it is looked at is not what was expected.
     except Exception as error:
         raise _Failed(f"the result cannot be compared: {type(error).__name__}") from None
 
@@ -323,7 +323,7 @@ def _check_output(result: Any, expected: str, most: int) -> None:
 
 
 def _judge_tests(task: Tests, settings: CodeSettings) -> Outcome:
-    # What the tests compute themselves is not the program's: only the clock limits them.
+    # The program does not pay for what the tests compute: only the clock limits them.
     limits = settings.limits()
     tester_limits = replace(limits, cpu_seconds=math.ceil(settings.seconds) + 1)
     return _read_report(runner(settings).run_tests(task.job, limits, tester_limits), task.num_tests, settings)

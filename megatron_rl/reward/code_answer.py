@@ -103,7 +103,7 @@ def _needs_another(source: str) -> bool:
     names = Names()
     try:
         names.add(ast.parse(source))
-    # The fault boundary: whatever the parser says to what a model wrote, it is an attempt at a program.
+    # The fault boundary: text that the parser refuses still counts as an attempt at a program.
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     return "*" not in names.bound and not names.read <= names.bound | _KNOWN

@@ -37,7 +37,7 @@ UNARY.update(neg=operator.neg, pos=operator.pos, invert=operator.invert)
 KEYED: dict = {"getitem": operator.getitem, "setitem": operator.setitem, "contains": operator.contains}
 _BINARY = "lt le gt ge add sub mul truediv floordiv mod matmul and_ or_ xor"
 BINARY: dict = {name: getattr(operator, name) for name in _BINARY.split()}
-# What a program may use without importing it, as its benchmark's judge puts these imports in front of it.
+# A program may use these without importing them: its benchmark's judge puts these imports in front of it.
 _PRELUDE = """
 bisect: bisect_left bisect_right insort insort_left insort_right
 collections: ChainMap Counter OrderedDict defaultdict deque namedtuple
@@ -64,7 +64,7 @@ typing: Any Callable DefaultDict Deque Dict FrozenSet Generator Generic Hashable
 typing: NamedTuple NoReturn Optional Protocol Sequence Set SupportsInt Tuple Type TypeVar Union cast
 """
 _MODULES = "bisect collections copy datetime functools heapq io itertools json math operator os random re statistics"
-# Name -> (module, name in it; empty for the module itself).
+# Maps a name to (module, name in it). The second is empty for the module itself.
 PRELUDE: dict = {name: (name, "") for name in (_MODULES + " string sys time typing numpy").split()}
 PRELUDE.update(np=("numpy", ""))
 for _line in _PRELUDE.strip().splitlines():
@@ -240,7 +240,7 @@ def compiled(source: str) -> Any:
             found = __import__(module)
         except ImportError:  # numpy
             continue
-        # As a builtin: the tests take nothing from it for the program's own.
+        # It becomes a builtin, so that the tests do not take it for a name that the program defines.
         setattr(builtins, name, getattr(found, attribute) if attribute else found)
     return code
 

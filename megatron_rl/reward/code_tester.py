@@ -170,7 +170,7 @@ class Tester:
         space = vars(module)
         exec(self.prefix, space)
         space.pop(entry_point, None)
-        # What a program binds to `math` could be anything, so a module is the real one.
+        # A program may bind `math` to anything, so the tests get the real module.
         space.update((name, __import__(module)) for name, module in self.modules.items() if name not in space)
         given = {*space, *dir(builtins), *self.names.from_solution}
         imported = {*self.names.from_solution.values()}

@@ -43,7 +43,7 @@ from megatron_rl.reward.units import DEGREES, RADIANS, same_dimension
 Kind = TypeVar("Kind", Choice, Quantity, Number)
 
 _MAX_DEPTH = 8
-# Stands for something unknown: a letter, \theta, \text{Area}; not \pi, \sin and \frac.
+# Finds what stands for something unknown: a letter, \theta, \text{Area}; but not \pi, \sin or \frac.
 _LETTER = re.compile(
     r"(?<![a-zA-Z\\])[a-zA-Z]|\\(?:theta|alpha|beta|gamma|delta|phi|varphi|lambda|mu|omega|text)(?![a-zA-Z])"
 )

@@ -14,7 +14,7 @@ _MAX_TOWER = 2
 _POWER = re.compile(r"(?:\^|\*\*)\s*\{?\s*\(?\s*-?\s*(\d+)")
 _POWER_OF_POWER = re.compile(r"\^\s*\{?\s*[-(]*\s*(\d+)\s*(?:\^\s*\{?\s*\(?\s*(\d+)|(!))")
 _EXPONENT = re.compile(r"\s*(?:([{(])|\d+|\\[a-zA-Z]+|.)", re.DOTALL)
-# A number to the power of a number, somewhere inside of an exponent.
+# Finds a number to the power of a number anywhere inside an exponent.
 _INNER_POWER = re.compile(r"(\d+)\s*[)}]*\s*\^\s*\{?\s*(\d+)")
 _FACTORIAL = re.compile(r"(\d+)\s*!")
 _FACTORIAL_OF_LARGE = re.compile(r"[!^][^()a-zA-Z]*[)\}\]]+\s*!|!\s*!")

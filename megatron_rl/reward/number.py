@@ -7,7 +7,7 @@ from fractions import Fraction
 # Above this a power of ten is not written out: 10^10^10 must not become a number.
 _MAX_EXPONENT = 400
 _MAX_CONTINUED = 60
-# What a program prints of a floating-point number has so many digits or more.
+# Programs print floating-point numbers with so many digits or more.
 _FLOAT_DIGITS = 15
 _DIGITS = (
     r"(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?: \d{3})+|[1-9]\d{0,2}(?:\\?_\d{3})+|[1-9]\d{0,2}(?:\.\d{3}){2,}|\d+)"

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    # What is not plain -> plain values that stand for it, written as an array of kind "object". Raises NotPlain.
+    # Turns an object that is not plain into plain values, written as an array of kind "object". Raises NotPlain.
     PackOther = Callable[[Any], list]
-    # Those values -> what stands for it on this side. Raises NotPlain.
+    # Turns those values into an object that stands for it on this side. Raises NotPlain.
     UnpackOther = Callable[[list], Any]
 
 MAX_BYTES = 8 * 1024 * 1024
@@ -76,7 +76,7 @@ def unpack(line: bytes, other: UnpackOther = refuse, arrays: bool = True) -> Any
         raise
     except MemoryError:
         raise NotPlain("a value that does not fit into memory") from None
-    # The fault boundary: what a line makes the constructors of plain types say is the line's fault.
+    # The fault boundary: when a constructor of a plain type raises, the line is at fault.
     except Exception as error:
         raise NotPlain(f"not plain data: {type(error).__name__}") from None
 
@@ -99,7 +99,7 @@ _SCALARS = {_NONE, bool, str, float}
 _LISTS: dict = {list: "list", tuple: "tuple", set: "set", frozenset: "frozenset"}
 _VIEWS: dict = {type({}.keys()): "keys", type({}.values()): "values"}
 _ITEMS: type = type({}.items())
-# What a defaultdict may make; with another it passes as a dict.
+# A defaultdict with another factory than these passes as a dict.
 _FACTORIES = (list, int, dict, set, float, str, tuple, bool)
 _FACTORY_OF: dict = {factory.__name__: factory for factory in _FACTORIES}
 # A subclass of these passes as the plain value in it.

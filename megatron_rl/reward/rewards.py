@@ -21,7 +21,7 @@ from megatron_rl.reward.verdict import GAVE_UP, Verdict, printable
 
 logger = logging.getLogger(__name__)
 
-# What a sandbox may take on top of its program's time; beyond it the worker is ended, and its sandbox with it.
+# A sandbox may take so long on top of its program's time. Then its worker is ended, and the sandbox with it.
 _SANDBOX_SECONDS = 10.0
 
 

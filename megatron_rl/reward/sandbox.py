@@ -23,7 +23,7 @@ from megatron_rl.reward.sandbox_run import Limits, Program, Running, RunRecord, 
 
 # In no distribution's list of users: nothing else on the machine belongs to it.
 UNPRIVILEGED_ID = 65533
-# What a solution never needs; the last line is memory that no limit counts.
+# A solution never needs these calls. Those in the last line get memory that no limit counts.
 _DENIED_CALLS = """
 ptrace process_vm_readv process_vm_writev pidfd_getfd kcmp unshare setns mount umount2 move_mount open_tree fsopen
 fsconfig fsmount fspick mount_setattr pivot_root chroot bpf perf_event_open userfaultfd keyctl add_key request_key
@@ -38,7 +38,7 @@ _ISOLATION = """
 """
 _SYSTEM = "--ro-bind /usr /usr --symlink usr/bin /bin --symlink usr/lib /lib --symlink usr/lib64 /lib64"
 _CLOSING = "--dir /tmp/w --chdir /tmp/w --disable-userns --remount-ro /dev --remount-ro /"
-# Where the training's numpy is shown, for an interpreter that has none.
+# The training's numpy is mounted here for an interpreter that has none.
 _PACKAGES = "/packages"
 # Debian's numpy finds its BLAS through links of these names.
 _ALTERNATIVES = Path("/etc/alternatives")

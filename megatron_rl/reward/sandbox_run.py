@@ -19,13 +19,13 @@ from megatron_rl.errors import Fault
 
 Limit = Literal["wall", "cpu", "memory", "processes", "output", "file_size", "files"]
 
-# How often the memory and the files of all processes of a sandbox together are looked at.
+# Seconds between two looks at the memory and the files of all processes of a sandbox.
 _WATCH_SECONDS = 0.05
-# How long SIGKILL may take to empty a sandbox; it takes longer only where the kernel is stuck.
+# SIGKILL may take so long to empty a sandbox. It takes longer only when the kernel is stuck.
 _END_SECONDS = 20.0
 _CHUNK_BYTES = 65536
 _PAGE_BYTES = resource.getpagesize()
-# Where a sandbox can make files.
+# A sandbox can make files in these folders only.
 _FOLDERS = ("/tmp", "/dev/shm")
 
 
@@ -371,7 +371,7 @@ class Running:
                 return
 
     def _limit_by_end(self, ended_by: int | None, stderr: bytes, seconds: float) -> Limit | None:
-        # Who ignores SIGXCPU gets SIGKILL a second of CPU time later.
+        # A program that ignores SIGXCPU gets SIGKILL after one more second of CPU time.
         if ended_by == signal.SIGXCPU or (ended_by == signal.SIGKILL and seconds >= self._limits.cpu_seconds):
             return "cpu"
         if ended_by == signal.SIGXFSZ:

@@ -15,7 +15,7 @@ from megatron_rl.reward.number import is_rounded, read_number
 _DIGITS = 40
 _BITS = 140
 _CLOSE = 1e-30
-# Where expressions in letters are compared: first all positive, then with one letter negative. No special values.
+# Expressions in letters are compared at these values: first all positive, then one negative. None is special.
 _POINTS = ("1.3717", "0.6291", "2.1843", "0.8159", "1.7321", "3.0417", "0.4373", "1.1907", "2.6071", "0.9283")
 _DECIMAL = re.compile(r"(?<![\w.])(\d+(?:,\d{3})*)?\.(\d+)(?![\d.]|\s*\\[lc]?dots)")
 # Words outside of an index: the parser would leave them out, and read "12 (not 13)" as 12.
@@ -27,7 +27,7 @@ ROUNDED_GOLD_DIGITS, ROUNDED_ANSWER_DIGITS = 4, 12
 _FUNCTION = r"arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp"
 # The parser leaves out what these stand for.
 _DOTS = re.compile(r"\\[lc]?dots|\.\.\.")
-# What people type where LaTeX has a command, and what the parser does not know.
+# Replaces what people type instead of a LaTeX command, and what the parser does not know.
 _TYPED = (
     (re.compile(r"\*\*"), "^"),
     (re.compile(r"([a-zA-Z])'"), r"\1_{p}"),  # x' is no x

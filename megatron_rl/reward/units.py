@@ -108,7 +108,7 @@ _SCALES: dict[str, int | Fraction] = {
     "half": Fraction(1, 2), "halves": Fraction(1, 2), "third": Fraction(1, 3), "quarter": Fraction(1, 4),
     "万": 10**4, "亿": 10**8,
 }  # fmt: skip
-# Above absolute zero, in kelvin; only for a temperature that stands alone.
+# Kelvin between absolute zero and the zero of the scale. They count only for a temperature that stands alone.
 _OFFSETS = {"degreeC": Fraction(27315, 100), "degreeF": Fraction(45967, 180)}
 DEGREES, RADIANS = (("degree", 1),), (("rad", 1),)
 _MAX_CHARACTERS = 80

@@ -1,7 +1,7 @@
-"""Writes a file of responses that grows group by group, and with which a run that was killed goes on.
+"""Appends responses to a file group by group, so that a killed run can go on with those that are there.
 
-JSONL, one row per response, the rows of a group one after the other; a row knows its group's "position". Who reads
-the positions in order to add what is missing holds `sole_writer` until it is added.
+The file is JSONL with one row per response, and the rows of a group follow each other. A row has its group's
+"position". A process that looks for missing positions in order to add them holds `sole_writer` until they are added.
 """
 
 import asyncio
@@ -27,8 +27,11 @@ _MOST_WAITING = 2**26  # characters that are not written yet
 
 @contextmanager
 def told_of_resume(where: Path, files: Sequence[Path]) -> Iterator[None]:
-    """Log that responses stay in `where` when a signal or a Fault ends what writes them into `files`, and there are
-    some. The signal becomes `Stopped`."""
+    """Log how to go on when a signal or a Fault ends the block and `files` have responses. Then a signal becomes
+    `Stopped`.
+
+    where: the folder that the message names.
+    """
     try:
         yield
     except (KeyboardInterrupt, Fault) as error:
@@ -42,7 +45,7 @@ def told_of_resume(where: Path, files: Sequence[Path]) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """Holds a group that is complete. lines: its rows. num_tokens: generated for it. reward: their mean."""
+    """Holds a complete group. lines: its rows. num_tokens: generated for it. reward: the mean of its responses."""
 
     lines: str
     num_tokens: int
@@ -50,14 +53,14 @@ class Finished:
 
 
 class _Appending:
-    """Appends text to a file in a thread. What comes while it writes goes to the disk together, after it."""
+    """Appends texts to a file in a thread. Texts that come while it writes are written together afterwards."""
 
     def __init__(self, file: TextIO) -> None:
         self._file, self._texts, self._num_characters = file, list[str](), 0
         self._writing: asyncio.Task[None] | None = None
 
     async def append(self, text: str) -> None:
-        """Add a text to what is to be written. Return when it waits to be written, and few others do."""
+        """Queue a text to be written. Wait only when too much text is queued."""
         self._texts.append(text)
         self._num_characters += len(text)
         if self._writing is None or self._writing.done():
@@ -94,8 +97,11 @@ async def _appending(path: Path) -> AsyncIterator[_Appending]:
 
 
 async def write_groups(path: Path, groups: AsyncGenerator[Finished, None], num_groups: int, noun: str) -> int:
-    """Append every group as it completes; what is written survives. Log how far it is, counting groups as `noun`.
-    num_groups: that are expected; fewer may come. Return the number of tokens that were generated."""
+    """Append every group as it completes, log the progress, and return the number of tokens. noun: what groups are
+    called.
+
+    What is written survives a kill. num_groups: expected; fewer may come.
+    """
     started = told = time.perf_counter()
     num_done = num_tokens = 0
     reward = 0.0
@@ -127,7 +133,7 @@ async def sample_into(
         async with aclosing(sampler.as_completed(questions, 0)) as completed:
             async for question, group in completed:
                 yield Finished(
-                    # Where responses are long they take a while to write down, and the event loop has others to read.
+                    # Long responses take a while to encode, so a thread does it: the event loop has others to read.
                     lines=await asyncio.to_thread(lines, question, group),
                     num_tokens=sum(sample.response.num_policy_tokens for sample in group.samples),
                     reward=sum(sample.reward for sample in group.samples) / len(group.samples),
@@ -141,8 +147,10 @@ def has_responses(path: Path) -> bool:
 
 
 def whole_groups(path: Path, size: int, remedy: str) -> set[int]:
-    """Return the positions of the groups of `size` responses in the file; none where there is no file. A last group
-    that a kill cut short is cut off. Raise ValueError for any other group that is not whole; nothing is changed then.
+    """Return the positions of the whole groups of `size` responses in the file; none without a file.
+
+    A last group that a kill cut short is cut off. Raise ValueError for any other group that is not whole, and change
+    nothing then.
 
     remedy: the end of its message.
     """
@@ -153,8 +161,7 @@ def whole_groups(path: Path, size: int, remedy: str) -> set[int]:
 
 
 def find_groups(path: Path, size: int, remedy: str) -> tuple[set[int], int]:
-    """Return what `whole_groups` does, without changing anything, and the number of bytes up to the end of the last
-    whole group."""
+    """Return what `whole_groups` does and the number of bytes up to the end of the last whole group. Change nothing."""
     if not has_responses(path):
         return set(), 0
     sizes: dict[int, int] = {}

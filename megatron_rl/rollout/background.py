@@ -1,7 +1,7 @@
-"""Runs an event loop in a thread of its own, so that what runs on it goes on while this thread trains.
+"""Runs an event loop in a thread of its own, so that its tasks go on while the calling thread trains.
 
-A server that is lost is waited for and filled again by tasks of the pool. On a loop that only runs when somebody waits
-for a result they would stand still during a train phase, and their deadlines would not.
+The pool's tasks wait for a lost server and bring it back. If the loop ran only while somebody waits for a result, they
+would stand still during a train phase, but their deadlines would pass.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""Takes results as they come, from work of which only a part is begun at a time."""
+"""Runs many coroutines, a bounded number at a time, and yields each result as soon as it is there."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Iterator
@@ -9,9 +9,10 @@ T = TypeVar("T")
 
 
 async def in_order_of_completion(work: Iterator[Coroutine[Any, Any, T]], most: int) -> AsyncGenerator[T, None]:
-    """Yield the result of every coroutine, whichever is done first. Of those that are begun, the results of at most
-    `most` have not been taken yet, so memory is bounded by these, however many coroutines there are. The first that
-    fails ends the others."""
+    """Yield the results of the coroutines in the order in which they complete. The first failure cancels the others.
+
+    At most `most` coroutines have begun and not had their result taken, which bounds memory.
+    """
     ended: asyncio.Queue[asyncio.Task[T]] = asyncio.Queue()
     begun: set[asyncio.Task[T]] = set()
     try:

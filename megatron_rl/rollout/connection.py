@@ -1,7 +1,7 @@
-"""Keeps one HTTP/1.1 connection to a server, for the requests that follow each other on it.
+"""Keeps one HTTP/1.1 connection to a server, and sends requests over it one after the other.
 
-A phase has thousands in flight on one event loop, where a general client's pools, hooks and streams would take more of
-it than the replies do. h11 keeps the protocol.
+A phase has thousands of requests in flight on one event loop, where a general client's pools, hooks and streams would
+take more time than the replies. h11 handles the protocol.
 """
 
 import asyncio
@@ -80,7 +80,7 @@ class Connection(asyncio.Protocol):
         finally:
             self._answer = self._head = None
 
-    # What the event loop calls -------------------------------------------------------------------------------------
+    # Callbacks of the event loop -----------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)

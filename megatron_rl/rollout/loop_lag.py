@@ -1,6 +1,6 @@
-"""Measures how late an event loop is, and has a clock that stands still while it is.
+"""Measures how late an event loop runs, and has a clock that stands still while the loop is late.
 
-A loop that is late cannot read what has long come: what it has not heard in that time is nobody's silence.
+A late loop has not read replies that have already come, so this time must not count as a server's silence.
 """
 
 import asyncio
@@ -35,14 +35,14 @@ class LoopLag:
         return now - self._late_seconds - max(0.0, now - self._due)
 
     def take_largest(self) -> float:
-        """Return the most seconds that the loop has been late at once since the last call."""
+        """Return the longest time that the loop was late since the last call, in seconds."""
         largest, self._largest = max(self._largest, time.monotonic() - self._due), 0.0
         return largest
 
     @asynccontextmanager
     async def timeout(self, seconds: float) -> AsyncIterator[None]:
-        """Limit the time of a block, as `asyncio.timeout` does, by this clock: an answer that waits for a loop that is
-        late is not late itself."""
+        """Limit the time of a block by this clock, as `asyncio.timeout` does by the loop's. An answer that waits for a
+        late loop is not late itself."""
         loop, deadline = asyncio.get_running_loop(), self.clock() + seconds
         handle: asyncio.TimerHandle | None = None
         async with asyncio.timeout(None) as limit:

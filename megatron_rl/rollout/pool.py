@@ -53,10 +53,10 @@ T = TypeVar("T")
 
 @dataclass(slots=True, eq=False)
 class Place:
-    """Remembers where the responses of one group go: to one server, which puts their common prompt through the model
-    once.
+    """Remembers which server gets the responses of one group, so that their common prompt is processed once.
 
-    most: requests that it may have; beyond them the next response goes to the least busy one, and the rest follow.
+    most: requests that this server may have; beyond them the next response goes to the least busy one, and the rest
+    follow.
     """
 
     most: float = math.inf
@@ -119,7 +119,7 @@ class ServerPool:
     def _check_length(self, url: str, info: Mapping[str, Any]) -> None:
         """Raise ValueError when the server takes no input of all tokens of the longest sequence but one: a response
         that goes on, or the probe of its weights."""
-        # SGLang's own bound, of context and cache; the embedded server goes to the end of its context.
+        # SGLang reports a bound from context and cache. The embedded server takes inputs up to its context length.
         bound, longest = info.get("max_req_input_len") or info.get("context_length"), self.rollout.max_sequence_tokens
         if isinstance(bound, int) and bound < longest:
             raise ValueError(

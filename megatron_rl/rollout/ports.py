@@ -1,11 +1,10 @@
-"""Holds ports of this machine for our servers: nobody else gets one, and a server is proven to be ours before it is
-trusted.
+"""Holds ports of this machine for our servers, and proves that our server listens there before it is trusted.
 
-A server binds its port when its model is loaded, and again whenever it is started again. In between, this process has
-the port bound. Linux lets a second socket bind it only where both set SO_REUSEADDR and neither listens. So SO_REUSEADDR
-is set here just while a server of ours starts: then it can bind the port by its number, and so can any other user's
-process that asks for exactly this one, which is why `is_ours` looks who has it. Once it listens SO_REUSEADDR goes, and
-when it dies the port stays with this process.
+A server binds its port when its model is loaded, and again after each restart. Until then this process has the port
+bound. Linux lets a second socket bind a port only if both sockets set SO_REUSEADDR and neither listens. So this process
+sets SO_REUSEADDR only while a server of ours starts. In that time any other process that asks for exactly this port can
+bind it too, so `is_ours` looks which process has it. When the server listens, SO_REUSEADDR is unset, and when it dies,
+the port stays with this process.
 """
 
 import ipaddress
@@ -17,7 +16,7 @@ _held: dict[tuple[str, int], socket.socket] = {}
 
 
 def hold_port(host: str, port: int = 0) -> int:
-    """Keep a port of this machine for servers that this process starts, as long as it lives, and open it for one.
+    """Keep a port of this machine as long as this process lives, and let a server that it starts bind it.
 
     0 picks one. Raises ValueError when somebody listens there: SGLang neither serves nor ends where it cannot bind its
     port.

@@ -1,4 +1,4 @@
-"""Keeps beside a file what the responses in it depend on, so that `--resume` never mixes those of two settings."""
+"""Records the settings that the responses in a file depend on, so that `--resume` never mixes those of two settings."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from megatron_rl.parsing import read_json
 
 ANOTHER_OUTPUT = "name another --output"
 _NUM_TOLD = 3
-# How long a judge may take says which responses it gives up on, not what it says of the others.
+# A judge's time limit decides which responses it gives up on, not its verdicts on the others.
 _NOT_COMPARED = {"reward.timeout_seconds", "reward.judge.timeout_seconds", "reward.judge.concurrent"}
 
 

@@ -1,7 +1,7 @@
 """Reads replies of /generate straight into arrays: a long phase has a hundred million tokens, each a list in JSON.
 
-A parser that makes lists of them has the cyclic garbage collector walk through all of them again and again, which takes
-twice as long as the parsing. Of these records it knows nothing (gc=False), and what nobody asks for is skipped.
+If a parser made these lists, the cyclic garbage collector would walk through all of them again and again, which takes
+twice as long as the parsing. It does not see the records here (gc=False), and fields that nobody needs are skipped.
 """
 
 from operator import attrgetter

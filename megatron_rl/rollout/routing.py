@@ -1,4 +1,4 @@
-"""Reads routed experts as SGLang answers them, from text to array, and computes how much of it a run makes."""
+"""Decodes the routed experts of SGLang's answers into arrays, and computes how many bytes of them a step has."""
 
 import binascii
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ from megatron_rl.config.schema import RlConfig
 from megatron_rl.families import Architecture
 
 MAX_EXPERTS = 256  # an expert's number is kept in a byte
-# Of a step, as they travel. Rank 0 reads 0.13 GB of it in a second of its processor (docs/host.md), so this much takes
-# two thirds of a rollout phase of the paper's run.
+# The most bytes of routed experts that one step may send. Rank 0 reads 0.13 GB of them per second of CPU time
+# (docs/host.md), so this many take two thirds of a rollout phase of the paper's run.
 MOST_WIRE_BYTES = 25e9
 
 

@@ -364,7 +364,7 @@ class _PartialPhase:
         self._stopping = True
         while self._tasks:
             if self.num_running:
-                # Again and again: a request may not have reached its server when the first word did.
+                # This is repeated, since a request may reach its server after the first abort.
                 await abort_all()
             try:
                 async with asyncio.timeout(_ABORT_AGAIN_SECONDS) as again:

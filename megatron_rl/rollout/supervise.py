@@ -1,12 +1,12 @@
-"""`python -m megatron_rl.rollout.supervise COMMAND...`: runs SGLang, which ends when this process's stdin does.
+"""Runs SGLang, and ends it when stdin closes: `python -m megatron_rl.rollout.supervise COMMAND...`.
 
-A server that knows nothing of us cannot watch the process that started it. This one can: stdin is the other end of a
-pipe that the starter holds open, and it closes however the starter ends. Meant to be the leader of a process group of
-its own; then the whole group is ended, first kindly.
+SGLang does not watch the process that started it, so this process does. Its stdin is a pipe that the starter holds
+open, and it closes however the starter ends. This process should lead a process group of its own. Then it first asks
+SGLang to end, and kills what is left of the group.
 
-The first line of stdin is the key of the server, or empty. SGLang takes it as an argument, which `ps` shows to
-everybody, or from a file: here a named pipe for this user alone, so that it is on no disk, and gone once it is read.
-SGLang logs its arguments, the key among them, so what it prints passes through here, where the key is left out.
+The first line of stdin is the key of the server, or empty. SGLang takes a key as an argument, which `ps` shows to
+everybody, or from a file. Here the file is a named pipe for this user alone: the key is on no disk, and the pipe is
+gone once it is read. SGLang logs its arguments, so its output passes through here, where the key is left out.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Keeps the servers of one node running: a thread starts again what ends or is given up."""
+"""Keeps the servers of one node running: a thread restarts those that end or that the pool gives up."""
 
 import logging
 import re
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 _LOOK_EVERY_SECONDS = 0.2
 # The first time a server that ended is started again at once; then after this, and twice as long each time.
 FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 60.0
-# Who has served for so long has its earlier ends forgiven.
+# The earlier ends of a server that has served for so long no longer count.
 _FORGIVEN_SECONDS = 600.0
 # Longer, because the file system is one that machines share, where a look takes longer.
 _LOOK_FOR_WISHES_SECONDS = 2.0

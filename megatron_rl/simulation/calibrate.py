@@ -93,7 +93,7 @@ def calibrate(run_dir: Path, config: RlConfig, cluster: ClusterSection, cost: Co
     per_flop, per_micro_batch, per_step = _train_terms(steps, [row["train_seconds"] for row in rows])
     layout = config.parallel.layout(cluster.training_ranks)
     slots = max(2, config.rollout.max_running_requests)
-    # What least squares finds to cost nothing is not measured by this run; a rate has to be finite all the same.
+    # Least squares may find a cost of zero, which this run does not measure; a rate must be finite all the same.
     per_flop, fixed = max(per_flop, 1e-20), max(fixed, 1e-9)
     known = ("rollout_seconds", "train_seconds", "update_weights_seconds")
     rest = np.mean([row["step_seconds"] - sum(row[name] for name in known) for row in rows])

@@ -1,5 +1,4 @@
-"""Runs work that several ranks do together and at which one of them may fail: all of them learn of it at the same
-point."""
+"""Runs collective work that may fail on one rank, so that all ranks learn of the failure at the same point."""
 
 import logging
 from collections.abc import Callable
@@ -14,8 +13,10 @@ T = TypeVar("T")
 
 
 def on_all_ranks(work: Callable[[], Any] | None, group: Any) -> list[Any]:
-    """Return what each rank's work returned, by rank, once all have done theirs. Collective. Raise SharedFault on all
-    of them when one failed, with its reason. None is no work on this rank."""
+    """Run each rank's work, and return all results by rank, once all ranks are done. Collective.
+
+    Raise SharedFault on all ranks when the work of one failed, with its reason. work: None for a rank that has none.
+    """
     mine: tuple[Any, str | None] = None, None
     try:
         if work is not None:

@@ -1,7 +1,8 @@
 """Sends weights over a process group: rank 0 of the trainer broadcasts buckets to all servers, by SGLang's routes.
 
 The ranks export a bucket (gather their shards, reshape) and send their pieces to rank 0, while rank 0 broadcasts the
-one before. Two buckets of memory on rank 0, one elsewhere: in host memory with gloo, on the GPUs with NCCL.
+bucket before. This takes two buckets of memory on rank 0 and one elsewhere, in host memory with gloo and on the GPUs
+with NCCL.
 """
 
 import logging

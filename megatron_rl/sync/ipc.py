@@ -1,10 +1,9 @@
-"""Gives weights to the servers of the same node without a copy on the way: they open the trainer's memory and copy from
-it.
+"""Gives weights to the servers of the same node: they open the trainer's memory and copy from it.
 
-A bucket is gathered by the ranks that hold the whole model between them, as a rule those of one node (sync/spans.py),
-and lies then on each of them; every rank of a server opens the one on its own GPU. The first rank of each node talks
-to the servers there. While they copy one bucket the next is filled, in memory of its own: torch gives that of a bucket
-back only when the last process that opened it has let go of it and its copies are done.
+The ranks that hold the whole model between them, as a rule those of one node (sync/spans.py), gather a bucket, and then
+each of them has it. Every rank of a server opens the bucket on its own GPU. The first rank of each node talks to the
+servers there. While they copy one bucket, the next is filled in other memory: torch frees the memory of a bucket only
+when the last process that opened it has let go of it and its copies are done.
 
 On a CPU the same goes through shared memory. Not run on a GPU yet.
 """

@@ -1,5 +1,4 @@
-"""Sends requests to several servers at once, beside what the calling thread does. Failures are remembered, not
-raised."""
+"""Sends requests to several servers at once, in a thread beside the caller. Failures are remembered, not raised."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future

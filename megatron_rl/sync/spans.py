@@ -1,4 +1,4 @@
-"""Decides which ranks gather the weights together. Pure."""
+"""Decides which ranks gather the whole model together for a push by sync/ipc.py, without any communication."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

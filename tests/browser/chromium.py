@@ -1,4 +1,4 @@
-"""Chromium without a window, driven by the DevTools protocol over a pipe: JSON messages that end with a zero byte."""
+"""Drives a Chromium without a window by DevTools messages over a pipe: JSON that ends with a zero byte."""
 
 import base64
 import json
@@ -23,7 +23,7 @@ def executable() -> str | None:
 
 
 class Chromium:
-    """events: of every page so far, as the protocol names them. `close()` ends the browser."""
+    """Runs a Chromium. `close()` ends it. events: those of the open page so far, as the protocol names them."""
 
     def __init__(self) -> None:
         program = executable()
@@ -50,7 +50,7 @@ class Chromium:
         self._target: str | None = None
 
     def open(self, url: str, width: int, height: int, dark: bool = False, phone: bool = False) -> None:
-        """A new page, until its load event. events are of this page alone."""
+        """Open a new page and wait for its load event. `events` then has those of this page alone."""
         self._session = None
         if self._target:
             self.call("Target.closeTarget", targetId=self._target)
@@ -73,17 +73,17 @@ class Chromium:
         self.until(lambda: any(event["method"] == "Page.loadEventFired" for event in self.events), f"loading {url}")
 
     def value(self, expression: str) -> Any:
-        """Of JavaScript; a promise is waited for."""
+        """Return the value of a JavaScript expression. Wait for it when it is a promise."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
     def wait_for(self, expression: str) -> None:
-        """Until it is true."""
+        """Wait until a JavaScript expression is true."""
         self.until(lambda: self.value(f"Boolean({expression})"), expression)
 
     def complaints(self) -> list[str]:
-        """Errors and warnings of the console, exceptions, and violated policies."""
+        """Return the errors and warnings of the console, the exceptions, and the violated policies."""
         found = []
         for event in self.events:
             match event["method"], event["params"]:
@@ -96,14 +96,16 @@ class Chromium:
         return found
 
     def requests(self) -> list[str]:
-        """URLs that the page asked for, itself included."""
+        """Return the URLs that the page asked for, its own included."""
         return [
             event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"
         ]
 
     def statuses(self, port: int) -> list[tuple[str, int]]:
-        """Path and status of every answer of this machine's port, also of those that the page may not see, but for the
-        questions by which the browser asks whether a page may ask."""
+        """Return path and status of every answer from this port, also of those that the page may not see.
+
+        Answers to preflight requests are left out.
+        """
         answers = [event["params"] for event in self.events if event["method"] == "Network.responseReceived"]
         found = [one["response"] for one in answers if one["type"] != "Preflight"]
         return [(urlsplit(one["url"]).path, one["status"]) for one in found if urlsplit(one["url"]).port == port]
@@ -112,7 +114,7 @@ class Chromium:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """One command, and its answer."""
+        """Send a command and return its answer."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": params}
         if self._session:
@@ -136,14 +138,14 @@ class Chromium:
             self._profile.cleanup()
 
     def until(self, done: Any, what: str) -> None:
-        """Until it is true; what happens in the page meanwhile is in `events`."""
+        """Wait until `done()` is true. Events of the page are received meanwhile."""
         give_up = time.monotonic() + _DEADLINE_SECONDS
         while not done():
             assert time.monotonic() < give_up, f"{what}: not within {_DEADLINE_SECONDS:g} s; {self.complaints()}"
             self.call("Runtime.evaluate", expression="new Promise(done => setTimeout(done, 20))", awaitPromise=True)
 
     def _receive(self, give_up: float, what: str) -> dict[str, Any]:
-        """The next message; events are kept."""
+        """Return the next message. Events of the open page are kept."""
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._from], [], [], max(0.0, give_up - time.monotonic()))
             assert ready, f"{what}: no answer within {_DEADLINE_SECONDS:g} s"

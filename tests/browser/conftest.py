@@ -1,4 +1,4 @@
-"""Skips where there is no Chromium; with MEGATRON_RL_NEED_BROWSER=1 that is a failure."""
+"""Skips these tests without a Chromium. With MEGATRON_RL_NEED_BROWSER=1 a missing one is a failure."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What a page of somebody else may try against a server on the machine of who looks at it."""
+"""Serves a hostile web page that attacks a generation server on the machine of the person who opens the page."""
 
 import http.server
 import json
@@ -64,7 +64,10 @@ async function attack() {
 
 @contextmanager
 def hostile_page(server: str, model: Path) -> Iterator[str]:
-    """The url of a page of another origin than `server`, with `attack()`. model: weights that it would like there."""
+    """Serve a page of another origin than `server` that has `attack()`, and yield its URL.
+
+    model: weights that the page tries to load into the server.
+    """
     names = f"const SERVER = {json.dumps(server)}, MODEL = {json.dumps(str(model))};"
     page = f"<!doctype html><title>cats</title><body><script>{names}{ATTACKS}</script>".encode()
 

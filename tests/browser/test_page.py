@@ -1,4 +1,4 @@
-"""Reports in a real Chromium, at the width of a desktop and of a phone."""
+"""Tests reports in a real Chromium, at the width of a desktop and of a phone."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +33,7 @@ def open_report(
 
 
 def check(browser: Chromium, output: Path, size: tuple[int, int]) -> None:
-    """Nothing in the console, nothing fetched, nothing beside the page's edge."""
+    """Check that the console is empty, that the page fetches nothing, and that it is not wider than the window."""
     assert browser.complaints() == []
     assert [url for url in browser.requests() if not url.startswith(("data:", "blob:"))] == [output.as_uri()]
     assert browser.value("document.documentElement.scrollWidth") <= size[0]

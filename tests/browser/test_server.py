@@ -1,4 +1,4 @@
-"""A page that is open in a browser on the machine of a generation server gets it to do nothing."""
+"""Checks that a page in a browser on the machine of a generation server cannot make the server do anything."""
 
 import json
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def server(models: tuple[Path, Path]) -> Iterator[EmbeddedServer]:
-    """As somebody starts one by hand: it asks for no key."""
+    """Start a server as a person starts one by hand: it asks for no key."""
     server = EmbeddedServer(models[0], models[0].parent / "server.log", context_length=64, weight_version="ours")
     try:
         server.wait_ready(60)
@@ -31,7 +31,7 @@ def server(models: tuple[Path, Path]) -> Iterator[EmbeddedServer]:
 
 
 def state(server: EmbeddedServer) -> tuple[str, dict[str, str], list[dict[str, object]]]:
-    """Version and checksums of its weights, and what runs or is paused."""
+    """Return the version and the checksums of the server's weights, and what runs or is paused."""
     info = httpx.get(f"{server.url}/server_info", trust_env=False).json()
     sums = httpx.get(f"{server.url}/weights_checker", trust_env=False).json()
     return info["weight_version"], sums["checksums"], info["internal_states"]

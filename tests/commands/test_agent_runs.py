@@ -1,4 +1,4 @@
-"""Whole runs with an agent: the budget is exact over turns, and one that is killed comes to the same bits."""
+"""Tests whole runs with an agent: the budget is exact over turns, and a killed run ends with the same bits."""
 
 import json
 import os
@@ -114,7 +114,7 @@ def test_benchmarks_are_answered_by_the_agent_inside_a_run_and_by_evaluate(input
 def test_a_run_of_c3po_plus_plus_goes_on_from_the_turns_of_a_phase_that_was_killed(
     inputs: Path, tmp_path: Path
 ) -> None:
-    """Trajectories that the phase before has left unfinished among them: what was sampled of them before is trained."""
+    """Check that a resumed phase trains what was sampled before, also of trajectories carried from an earlier phase."""
     run = tmp_path / "run"
     options = ("--set", "rollout.partial=true", "--set", "train.steps=4")
     process = forked.Program(command(inputs, run, *options), tmp_path / "log", os.environ)

@@ -1,5 +1,8 @@
-"""tools/bench_gpu.py: FLOPs by hand, the layers that fit, which part an operation belongs to, what is left out of a
-step, the reference's shape; and all of it at a tiny size."""
+"""Tests tools/bench_gpu.py at a tiny size.
+
+It checks FLOPs against those counted by hand, the layers that fit, the part that an operation belongs to, what is left
+out of a step, and the reference's shape.
+"""
 
 import json
 import math
@@ -61,7 +64,7 @@ def test_peaks_by_name_and_layers_by_memory() -> None:
 
 
 class _Square(torch.autograd.Function):
-    """x x^T x, of two products, and as many in backward."""
+    """Computes x x^T x, which takes two products forward. Its backward takes as many."""
 
     @staticmethod
     def forward(ctx, x):
@@ -105,7 +108,7 @@ def bench() -> Iterator[Bench]:
 
 
 def test_without_head_there_is_no_gradient_of_the_head(bench: Bench) -> None:
-    """Not even of zeros, which a GPU would write and add; that of the rest of the model is there."""
+    """Check that the head alone has no gradient, not even of zeros, which a GPU would write and add."""
     (gpt,) = bench.trainer.model.gpts
     weights = {"head": gpt.output_layer.weight, "embedding": gpt.embedding.word_embeddings.weight}
     told: Counter[str] = Counter()

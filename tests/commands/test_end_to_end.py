@@ -1,4 +1,4 @@
-"""Whole runs of the command line on a tiny model: the loop, resuming, being killed, and mistakes."""
+"""Tests whole runs of the command line on a tiny model: the loop, resuming, being killed, and mistakes."""
 
 import json
 import os
@@ -151,7 +151,7 @@ def test_the_simulator_takes_the_steps_that_a_run_took(whole: Path) -> None:
 
 
 def traces_of(folder: Path, step: int) -> list[tuple[dict, dict]]:
-    """Of each traced response, its row of that step's rollouts file and that of its tokens."""
+    """Return two rows for each traced response of a step: from the rollouts file and from the tokens file."""
     rollouts, tokens = (
         [json.loads(line) for line in (folder / f"run/{name}/step_{step:06d}.jsonl").open()]
         for name in ("rollouts", "tokens")
@@ -182,7 +182,7 @@ def test_the_tokens_of_the_first_trained_group_are_beside_its_responses(whole: P
 
 
 def test_the_report_draws_the_metrics_that_a_run_has(whole: Path) -> None:
-    """So that a metric that gets another name or is new is not forgotten."""
+    """Check that the report knows every metric, so that a renamed or new one is not forgotten."""
     present = set(rows_of(whole)[0]) - {"step"}
     known = {metric for section in SECTIONS for plot in section.plots for metric in plot.curves.values()}
     of_others = {"validation_loss", "validation_entropy", "rest_seconds", "peak_memory_gb"}
@@ -262,7 +262,7 @@ def test_a_mixture_of_domains_trains_each_with_its_reward_and_budget_and_resumes
     said = finish(command(inputs, tmp_path, "train", *options, "--resume", "--set", "seed=2"), code=2)
     assert "are not those that this run began with" in said
     assert "seed is 2 and was 1" in said
-    # What was refused has left no trace.
+    # The refused start has changed nothing in the run's folder.
     assert load_config(RlConfig, tmp_path / "run/config.toml").seed == 1
 
 
@@ -319,7 +319,7 @@ def processes_with(marker: str) -> list[psutil.Process]:
 
 
 def addresses_listened_on(process: psutil.Process) -> set[str]:
-    """By it and what it started: servers and the ranks, each with a group for every kind of parallelism."""
+    """Return the addresses that a run listens on: those of the process and of the servers and ranks below it."""
     family = [process, *process.children(recursive=True)]
     sockets = [socket for one in family for socket in one.net_connections("inet")]
     return {socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN}
@@ -506,7 +506,7 @@ def test_a_users_mistake_ends_in_one_message_and_exit_code_2(
 
 
 def in_parts(row: dict, kind: int) -> dict:
-    """A recorded row as it is, as a trajectory of two turns, or as one of two segments."""
+    """Return a recorded row as it is, as a trajectory of two turns, or as one of two segments."""
     ids, logprobs = row["output_ids"], row["rollout_logprobs"]
     half = len(ids) // 2
     if not kind or not half:

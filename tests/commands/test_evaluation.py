@@ -1,4 +1,4 @@
-"""Whole evaluations by the command line on a tiny model that answers 1, 2, 2.0 or nothing, about equally often."""
+"""Tests whole evaluations on a tiny model that answers 1, 2, 2.0 or nothing, about equally often."""
 
 import json
 import random
@@ -105,13 +105,13 @@ def evaluate(inputs: Path, output: Path, *options: str, code: int = 0) -> subpro
 
 
 def evaluate_here(inputs: Path, output: Path, *changes: str, names: tuple[str, ...] = ()) -> None:
-    """The same without a process of its own, which would spend seconds on its imports."""
+    """Evaluate in this process. A process of its own would spend seconds on its imports."""
     config = load_config(EvaluateConfig, inputs / "evaluate.toml", changes)
     assert run_evaluation(config, output, names, resume=output.exists()) == 0
 
 
 def results(folder: Path) -> dict:
-    """Without how fast it went."""
+    """Return the results without the speed."""
     found = json.loads((folder / "results.json").read_text())
     for benchmark in found["benchmarks"].values():
         del benchmark["speed"]
@@ -123,7 +123,7 @@ def lines(folder: Path, name: str) -> list[str]:
 
 
 def elected(rows: tuple[dict, ...]) -> float:
-    """How often a vote of these responses finds the right answer; what they mean is known by their text."""
+    """Return the probability that a majority vote of these responses is right, where ties are drawn by lot."""
     votes = Counter(float(row["answer"]) for row in rows if row["answer"] is not None)
     best = [answer for answer, count in votes.items() if count == max(votes.values())]
     right = {float(row["answer"]) for row in rows if row["score"]}
@@ -210,7 +210,7 @@ def test_top_p_reaches_the_server(inputs: Path, tmp_path: Path) -> None:
 
 
 def test_temperature_0_is_greedy(inputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What is the most probable token each time has nothing to do with the seed, nor with top-p."""
+    """Check that neither the seed nor top-p changes a greedy response."""
     changes = ("rollout.temperature=0", "benchmarks.ones.samples=2")
     evaluate_here(inputs, tmp_path / "one", *changes, "seed=1", names=("ones",))
     evaluate_here(inputs, tmp_path / "other", *changes, "seed=2", "rollout.top_p=1.0", names=("ones",))
@@ -384,7 +384,7 @@ def test_a_try_that_fails_before_its_first_response_leaves_only_the_logs_of_its_
 
 
 def test_a_checkpoint_of_a_run_is_converted_for_as_long_as_it_is_served(inputs: Path, tmp_path: Path) -> None:
-    """As `model.path` of a training run, which opens either kind."""
+    """Check that `evaluate` takes a checkpoint or a model directory, as `model.path` of a training run does."""
     from megatron_rl.evaluation.weights import served_model
 
     model = tmp_path / "model"
@@ -413,7 +413,7 @@ def test_a_file_for_another_command_is_told_in_one_sentence(
     assert not (tmp_path / "out").exists()
     assert main(["train", str(inputs / "evaluate.toml")]) == 2
     assert "is for `megatron-rl evaluate`, and this is `megatron-rl train`" in capsys.readouterr().err
-    # What is wrong in other ways is told as it is, and not at any length.
+    # Other mistakes are named, and a long list of them is cut.
     (tmp_path / "many.toml").write_text("".join(f"key{i} = 1\n" for i in range(100)) + "[benchmarks]\n")
     assert main(["evaluate", str(tmp_path / "many.toml"), "--output", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err

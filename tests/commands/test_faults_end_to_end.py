@@ -1,4 +1,4 @@
-"""Whole runs whose servers go: the numbers are those of an undisturbed run, or the message says why they cannot be."""
+"""Tests whole runs whose servers are lost: the numbers stay the same, or the message says why they cannot."""
 
 import contextlib
 import json
@@ -53,7 +53,7 @@ steps = 3
 micro_batch_tokens = 512
 phase_deadline_seconds = 120
 """
-# What seeds decide, whatever became of the servers.
+# Seeds alone decide these metrics, whatever happens to the servers.
 NUMBERS = ("reward", "num_loss_tokens", "loss", "entropy", "kl", "grad_norm", "num_carried", "num_generated_tokens")
 
 
@@ -76,7 +76,7 @@ sys.exit(main())
 
 
 class Run:
-    """`megatron-rl train` in a process of its own."""
+    """Runs `megatron-rl train` in a process of its own."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class Run:
         code: tuple[str, str] = ("-c", WITH_KNOWN_KEY),
         **environment: str,
     ) -> None:
-        """code: for the interpreter, in place of the command."""
+        """Start the run. code: the interpreter's arguments that stand in for the command."""
         folder.mkdir(exist_ok=True)
         self.folder, self.run_dir = folder, folder / "run"
         config = folder / "config.toml"
@@ -98,7 +98,7 @@ class Run:
         self.process = forked.Program(command, self.log, os.environ | environment)
 
     def finish(self, code: int = 0) -> str:
-        """What it said. No process of it is left."""
+        """Wait for the exit code `code`, check that no process of the run is left, and return its log."""
         try:
             assert self.process.wait(120) == code, self.log.read_text()[-4000:]
         finally:
@@ -129,7 +129,7 @@ class Run:
         return int((self.run_dir / f"{name}.pid").read_text())
 
     def is_running(self, name: str) -> bool:
-        """The server of this name draws tokens."""
+        """Return whether the server of this name draws tokens."""
         with contextlib.suppress(OSError, httpx.HTTPError):
             url = re.findall(r"serving .* on (\S+)", (self.run_dir / f"{name}.log").read_text())
             if url:
@@ -139,7 +139,7 @@ class Run:
 
     @property
     def sampled(self) -> list[dict[str, Any]]:
-        """Every sample of every phase: its tokens as text, its reward, and what became of it."""
+        """Return the rows of all samples of all phases, with text, reward and outcome."""
         paths = sorted((self.run_dir / "rollouts").glob("*.jsonl"))
         return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
 
@@ -214,7 +214,7 @@ def test_a_server_whose_weights_are_not_the_trainers_stops_the_run_with_the_name
     name = "model.layers.1.attention.dense.weight"
 
     def load_others(exchange: Exchange) -> None:
-        """In the second update, under the right version."""
+        """Replace the weights of the second update by damaged ones, under the right version."""
         body = json.loads(exchange.body)
         if body["weight_version"] == "1":
             damaged.mkdir()
@@ -237,7 +237,7 @@ def test_a_server_whose_weights_are_not_the_trainers_stops_the_run_with_the_name
 
 
 def two_ranks() -> dict[str, str]:
-    """What each of them finds in its environment beside its number."""
+    """Return the environment variables that two ranks share; each also needs its RANK."""
     return {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
 
 
@@ -271,8 +271,10 @@ def test_each_of_two_nodes_owns_its_servers_and_rank_0_uses_them_all(
 def test_a_hung_server_of_another_node_is_started_again_there_and_the_run_goes_on_with_it(
     inputs: Path, tmp_path: Path
 ) -> None:
-    """Its weights come over a process group, so it gets them from a push only: while the others generate, or a later
-    step's."""
+    """Check a server whose weights come over a process group, so that only a push can bring them back.
+
+    The push is one while the others generate, or that of a later step.
+    """
     shared = two_ranks() | {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     options = ("rollout.servers=1", "train.steps=9999", "sync.transport=distributed")
     nodes = [Run(inputs, tmp_path / "run", *options, RANK=str(i), GROUP_RANK=str(i), **shared) for i in range(2)]

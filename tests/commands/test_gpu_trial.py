@@ -1,4 +1,4 @@
-"""tools/gpu_trial: wheels that travel in pieces, and parts that fail without stopping the others."""
+"""Tests tools/gpu_trial: wheels travel in pieces, and a part that fails does not stop the others."""
 
 import csv
 import importlib.util

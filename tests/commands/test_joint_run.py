@@ -1,5 +1,4 @@
-"""A whole run with a teacher, killed and resumed, and with its teacher's server killed, is the same to the bit; and the
-teacher's servers alone."""
+"""Tests that a whole run with a teacher is the same to the bit after kills; and tests a teacher's servers."""
 
 import asyncio
 import contextlib
@@ -63,7 +62,7 @@ micro_batch_tokens = 512
 ROLLOUT = RolloutSection(
     prompts_per_step=1, samples_per_prompt=2, max_prompt_tokens=8, max_response_tokens=40, max_running_requests=4
 )
-# What clocks and kills change.
+# Metrics with these words in their names depend on clocks and kills.
 OF_TIME = ("seconds", "per_second", "num_starts", "num_lost", "num_resent", "num_teacher_tokens")
 
 
@@ -77,7 +76,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Run:
-    """`megatron-rl train` as a fork, which `resume` goes on with."""
+    """Runs `megatron-rl train` as a fork. `resume` starts it again."""
 
     def __init__(self, inputs: Path, folder: Path) -> None:
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""Ranks that are started, meet, and end together: codes, signals, faults, and what other launchers leave behind."""
+"""Tests how ranks are started, meet and end together: exit codes, signals, faults, and other launchers' variables."""
 
 import contextlib
 import errno
@@ -48,12 +48,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Run:
-    """`megatron-rl sft` in a process of its own, with what `site` runs in it and its ranks before anything else."""
+    """Runs `megatron-rl sft` in a process of its own. site: code that it and its ranks run before anything else."""
 
     def __init__(
         self, inputs: Path, folder: Path, *options: str, site: str = "", prefix: tuple[str, ...] = (), **env: str
     ) -> None:
-        """prefix: a command that runs the rest."""
+        """Start the run. prefix: a command that runs the rest."""
         folder.mkdir(exist_ok=True)
         config = folder / "config.toml"
         config.write_text(CONFIG.format(folder=folder, inputs=inputs))
@@ -86,7 +86,7 @@ class Run:
             time.sleep(0.05)
 
     def finish(self, code: int, seconds: float) -> str:
-        """What it said, after it ended with `code` within `seconds`. None of its processes is left."""
+        """Return the output after an end with `code` within `seconds`. Check that none of the processes is left."""
         family = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
         assert self.process.wait(seconds) == code, self.said[-4000:]
         _, left = psutil.wait_procs(family, timeout=3)

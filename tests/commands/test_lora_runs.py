@@ -1,4 +1,4 @@
-"""A whole run with adapters, as a user starts it."""
+"""Tests a whole run with adapters, as a user starts it."""
 
 import json
 import sys
@@ -52,7 +52,7 @@ def test_a_run_with_adapters_serves_merged_weights_and_goes_on_bit_by_bit(model:
     whole = tensors_of(tmp_path / "run/hf")
     changed = {name for name, tensor in tensors_of(model).items() if not torch.equal(tensor, whole[name])}
     assert changed == {name for name in whole if "proj" in name}
-    # What a kill after the second step leaves.
+    # A kill after the second step leaves this.
     (tmp_path / "run/checkpoints/latest").write_text("step_2")
     done = forked.run([*command, "--resume"], timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""The examples that people copy, for two steps each on a tiny model; a killed run with an own reward and parts."""
+"""Tests the examples that people copy, for two steps on a tiny model, and a killed run with a reward of its own."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""`megatron-rl select` on models whose next token depends on the last one alone, so that entropies are known."""
+"""Tests `megatron-rl select` on models of known entropy: their next token depends on the last one alone."""
 
 import json
 import math
@@ -48,7 +48,7 @@ servers = 1
 
 def test_token_entropy_by_hand() -> None:
     found = token_entropy([3.0, 1.0], [4, 4])
-    # Residuals 1 and -1: variance of the logarithm 2 / 1 * 2 / 16, and Student's t of one degree of freedom.
+    # The residuals are 1 and -1, so the logarithm's variance is 2 / 1 * 2 / 16. Student's t has one degree of freedom.
     assert found.value == 0.5
     assert (found.low, found.high) == pytest.approx(
         (0.5 / math.exp(student_95(1) / 2), 0.5 * math.exp(student_95(1) / 2))
@@ -137,7 +137,7 @@ Chain = dict[int, dict[int, float]]
 
 
 def chain(more: float, answers: Sequence[float]) -> Chain:
-    """Any number of "a", then a box with 1, 2 or 3. more: the chance of another "a"."""
+    """Make a model that writes any number of "a" and then a box with 1, 2 or 3. more: the chance of another "a"."""
     a, close = CHARACTERS.index("a"), CHARACTERS.index("}")
     digits = [CHARACTERS.index(digit) for digit in "123"]
     begin = {a: more, BOXED: 1 - more}

@@ -1,4 +1,4 @@
-"""Servers on machines of their own: how a run finds them, and which GPUs each gets."""
+"""Tests servers on machines of their own: how a run finds them, and which GPUs each gets."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def test_a_server_is_here_where_the_way_to_it_ends_at_its_beginning() -> None:
 
 
 def own_addresses() -> list[str]:
-    """This machine's on networks."""
+    """Return this machine's IPv4 addresses but for loopback."""
     found = [a for addresses in psutil.net_if_addrs().values() for a in addresses]
     return [a.address for a in found if a.family.name == "AF_INET" and a.address[:4] != "127."]
 

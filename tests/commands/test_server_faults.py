@@ -1,4 +1,4 @@
-"""Servers that die, hang or lie: the pool finishes its work with the same tokens, or says why it cannot."""
+"""Tests servers that die, hang or lie: the pool finishes its work with the same tokens, or says why it cannot."""
 
 import asyncio
 import contextlib
@@ -52,7 +52,7 @@ REQUESTS = [
 
 
 def make_model(path: Path, seed: int) -> Path:
-    """One whose responses rarely end by themselves."""
+    """Write a model whose responses rarely end by themselves."""
     write_tiny_model(path, seed, vocab_size=512, hidden_size=32, num_hidden_layers=2, max_position_embeddings=1024)
     tensors = tensors_of(path)
     tensors["lm_head.weight"][1] = 0.0  # the token that ends a response
@@ -62,7 +62,7 @@ def make_model(path: Path, seed: int) -> Path:
 
 @pytest.fixture(autouse=True, scope="module")
 def without_pauses() -> Iterator[None]:
-    """Each test ends a server or two; tests/test_restarts.py has the pauses."""
+    """Restart servers without a pause, since each test ends one or two. tests/test_restarts.py tests the pauses."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(supervisor_module, "FIRST_PAUSE_SECONDS", 0.0)
         yield
@@ -70,7 +70,7 @@ def without_pauses() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _known_key() -> Iterator[None]:
-    """Of all servers here, so that tests can ask them too."""
+    """Give all servers here one known key, so that tests can ask them too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("megatron_rl.rollout.supervisor.new_key", lambda: KEY)
         yield
@@ -96,14 +96,14 @@ def _supervisor(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def supervisor(_supervisor: ServerSupervisor) -> ServerSupervisor:
-    """Two servers that are ready and as they were started."""
+    """Return the supervisor once its two servers are ready."""
     for url in _supervisor.urls:  # on a busy machine a start takes its time
         wait_until(lambda url=url: is_ready(url) and is_proven(_supervisor, url), ROLLOUT.ready_deadline_seconds)  # type: ignore[misc]
     return _supervisor
 
 
 def is_proven(supervisor: ServerSupervisor, url: str) -> bool:
-    """True once the supervisor has seen that the server that it started again is who listens there."""
+    """Return whether the supervisor has checked that its own server listens at this URL."""
     try:
         return bool(supervisor.key_of(url))
     except ServerLost:
@@ -129,7 +129,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    """The same, while the event loop goes on."""
+    """Wait for the condition while the event loop goes on."""
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.02)
@@ -164,7 +164,10 @@ def expected_checksums(model: Path) -> dict[str, str]:
 async def connected(
     urls: list[str], weights: Path | None, supervisor: ServerSupervisor | None, rollout: RolloutSection = ROLLOUT
 ) -> AsyncIterator[ServerPool]:
-    """A pool whose servers have the first model, as version "0". weights: where one that comes back finds them."""
+    """Yield a pool whose servers have the first model as version "0".
+
+    weights: a server that comes back finds them there.
+    """
 
     def key_of(url: str) -> str:
         return supervisor.key_of(url) if supervisor and url in supervisor.urls else KEY
@@ -262,7 +265,7 @@ def test_a_server_that_cannot_resume_is_ended_and_comes_back_with_the_weights(
         async with connected(supervisor.urls, models[0], supervisor) as pool:
             await pool.release_memory()
             (before, other) = pids_of(supervisor)
-            # Behind the pool's back: then it is told to resume what is not released any more.
+            # The server resumes without the pool's knowledge, so the pool later resumes what is not released.
             url, body = f"{supervisor.urls[0]}/resume_memory_occupation", {"tags": ["weights"]}
             httpx.post(url, json=body, headers=bearer(KEY), trust_env=False)
             await pool.resume_memory(WEIGHTS)
@@ -461,7 +464,7 @@ def test_the_port_of_a_server_that_died_cannot_be_taken_and_a_taken_one_ends_the
 
 
 def test_a_held_port_goes_to_nobody_but_a_server_that_is_started_there() -> None:
-    """What SGLang does when its port was taken meanwhile: it neither serves nor ends."""
+    """Check that nobody can take the port meanwhile: SGLang would then neither serve nor end."""
     port = hold_port("127.0.0.1")
     assert hold_port("127.0.0.1", port) == port  # as when a server is started again
     with socket.socket() as other, pytest.raises(OSError, match="in use"):
@@ -503,7 +506,7 @@ def test_a_server_that_takes_too_short_inputs_is_refused_at_the_start(supervisor
 
 
 def changed(change: Callable[[dict[str, Any]], Any]) -> Callable[[Exchange], None]:
-    """The real answer with something changed; `change` edits it in place or returns another."""
+    """Return a handler that passes on the real answer, changed. `change` edits it in place or returns another one."""
 
     def spoil(exchange: Exchange) -> None:
         answer = exchange.forwarded().json()

@@ -1,4 +1,4 @@
-"""Trackers: none may hold a run up, fail it or lose its place; the real ones without a network."""
+"""Tests trackers: none may delay a run, fail it or lose its place. The real ones are tested without a network."""
 
 import json
 import queue
@@ -66,7 +66,7 @@ class Fake:
 
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Fake]]:
-    """Those that were made, in place of wandb."""
+    """Put fakes in the place of wandb, and yield a list of those that are made."""
     made: list[Fake] = []
 
     def make(run: TrackedRun) -> Fake:
@@ -199,7 +199,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_a_run(
 
 
 def tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> str:
-    """Twenty steps, killed behind the twelfth and resumed from the tenth. Returns what was said."""
+    """Track twenty steps, killed after the twelfth and resumed from the tenth. Return the second start's stderr."""
     monkeypatch.chdir(tmp_path)
     text = PROGRAM.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path))
     command = [sys.executable, "-c", text]
@@ -238,7 +238,7 @@ def test_wandb_keeps_every_step_under_one_id_when_its_host_is_down(
 
 
 def steps_of_wandb(file: Path) -> list[int]:
-    """The steps that an offline file holds."""
+    """Return the steps that an offline file of wandb holds."""
     from wandb.proto import wandb_internal_pb2
 
     steps = []
@@ -251,8 +251,10 @@ def steps_of_wandb(file: Path) -> list[int]:
 
 
 def leveldb_records(log: bytes) -> Iterator[bytes]:
-    """The records of a LevelDB log, whose blocks have 32 KiB (the first less by wandb's header of 7): parts of
-    [checksum, 4][length, 2][whole, first, middle or last, 1][content]."""
+    """Yield the records of a LevelDB log. A record has parts of [checksum, 4][length, 2][kind, 1][content].
+
+    Blocks have 32 KiB, the first less by wandb's header of 7. A part is whole, or the first, a middle or the last one.
+    """
     place, parts = 7, b""
     log = b"-" * 7 + log
     while place + 7 <= len(log):

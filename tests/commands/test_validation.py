@@ -1,4 +1,4 @@
-"""Validation inside a run: what its files keep, which step is the best, and whole runs of a tiny model."""
+"""Tests validation in a run: what its files keep, which step is the best, and whole runs of a tiny model."""
 
 import json
 import math
@@ -345,7 +345,7 @@ def rows_of(folder: Path) -> list[dict]:
 
 
 def numbers(folder: Path) -> list[dict]:
-    """Those of training."""
+    """Return the metrics of training alone."""
     names = (
         "reward",
         "num_loss_tokens",
@@ -395,7 +395,7 @@ def test_validation_sees_what_is_unlearned_and_the_best_checkpoint_is_kept(whole
 
 
 def test_the_last_validation_is_what_evaluate_says_of_the_model(inputs: Path, whole: Path, tmp_path: Path) -> None:
-    """Sampled by other servers, which read the exported model."""
+    """Check that other servers, which read the exported model, get the same results."""
     rl = load_config(RlConfig, whole / "run/config.toml")
     assert rl.validation is not None
     values = {
@@ -450,7 +450,7 @@ def test_a_run_that_is_killed_in_a_validation_goes_on_to_the_same_numbers_under_
 def test_two_ranks_validate_between_phases_on_servers_that_lend_their_memory(
     inputs: Path, whole: Path, tmp_path: Path
 ) -> None:
-    """Also the last weights, behind which nothing is trained."""
+    """Check that two ranks validate all weights, also the last ones, after which nothing is trained."""
     changes = ("rollout.release_memory=true", "train.offload_while_generating=true", "train.steps=3")
     arguments = command(inputs, tmp_path, *BEST, *(word for change in changes for word in ("--set", change)))
     place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "OMP_NUM_THREADS": "1"}

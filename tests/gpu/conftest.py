@@ -18,7 +18,7 @@ from megatron_rl import device
 
 
 def pytest_sessionstart() -> None:
-    """Without a GPU that is a failure: skipped checks would look like passed ones."""
+    """End the tests without a GPU: skipped checks would look like passed ones."""
     if not device.on_cuda() and os.environ.get("MEGATRON_RL_GPU_CHECK_ON_CPU") != "1":
         pytest.exit(
             "no CUDA device is visible (or MEGATRON_RL_DEVICE=cpu); set MEGATRON_RL_GPU_CHECK_ON_CPU=1 to compare the "

@@ -1,4 +1,4 @@
-"""The fused head on the device against the formula in fp64."""
+"""Tests the fused head on the device against the formula in fp64."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from test_logprobs import M, furthest, fused, make_inputs, plain
 
 from megatron_rl import device
 
-# Of the largest value of each tensor. fp32: 24 products of 24 bits each. bf16: operands and gradients are rounded to 8
-# bits, 2^-9 = 2e-3, and the gradient of the logits once more on its way into two products.
+# Tolerances are relative to the largest value of each tensor. fp32: 24 products of 24 bits each. bf16: operands and
+# gradients are rounded to 8 bits, 2^-9 = 2e-3, and the gradient of the logits once more before two products.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 

@@ -1,4 +1,4 @@
-"""Several ranks on one GPU over NCCL: every kind of parallelism, a weight push, and the end of a rank.
+"""Tests several ranks on one GPU over NCCL: every kind of parallelism, a weight push, and the end of a rank.
 
 They share the GPU as tests/parallel.py says. `MEGATRON_RL_GPU_CHECK_ON_CPU=1` runs the same ranks over gloo.
 """
@@ -31,7 +31,7 @@ RUNS = {
     **{f"{name} float32": Run(layout=name) for name in NAMES},
     **{f"{name} bfloat16": Run(layout=name, dtype="bfloat16", experts=GIVEN) for name in NAMES},
 }
-# Of the watch on a phase, which ends who waits for a rank that is gone and hears nothing; and what it may take besides.
+# The watchdog ends a rank that waits for a lost one after this deadline. The margin is what it may take on top.
 DEADLINE_SECONDS, MARGIN_SECONDS = 90, 30
 
 
@@ -50,7 +50,7 @@ def layouts(on_one_gpu: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def test_two_ranks_on_one_gpu_exchange_what_they_should(tmp_path: Path) -> None:
-    """First, since it says in seconds whether NCCL takes them."""
+    """Check a few collectives. This comes first, since it tells in seconds whether NCCL takes the ranks."""
     found = run_ranks(2, {}, tmp_path / "run", worker="collectives_worker.py", timeout_seconds=80)
     for rank in (0, 1):
         assert found[f"sum/{rank}"].tolist() == [1.0, 12.0]  # 0 + 1, 1 + 11
@@ -71,7 +71,7 @@ def test_a_step_of_several_ranks_is_that_of_one_in_fp64(name: str, dtype: str, l
 
 @contextlib.contextmanager
 def receiver(backend: str, folder: Path) -> Iterator[str]:
-    """The url of a stand-in for a server, a process of its own that sits on the same GPU."""
+    """Yield the URL of a stand-in for a server, which is a process of its own on the same GPU."""
     environment = os.environ | (sharing_a_gpu(99) if backend == "nccl" else {})
     command = [sys.executable, str(ROOT / "tests/weight_receiver.py"), backend]
     with (folder / "receiver.log").open("wb") as log, serving(command, env=environment, stderr=log) as url:

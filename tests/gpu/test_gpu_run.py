@@ -1,4 +1,4 @@
-"""Short runs of the command line with the trainer on the device: rollout, budget, steps, weights to servers, export."""
+"""Tests short runs of the command line with the trainer on the device: rollout, budget, steps, pushes, export."""
 
 import json
 import subprocess
@@ -98,7 +98,7 @@ def test_a_run_trains_its_budget_reaches_its_servers_and_exports(
     assert max(row["logprob_difference_mean"] for row in rows) < MEAN_DIFFERENCE[dtype]
     assert all(row["num_lost_servers"] == 0 for row in rows)
     assert not any(row["num_skipped_steps"] for row in rows)
-    # What was exported is what was saved, bit for bit, and not what the run began with.
+    # The exported model is the saved one, bit for bit, and not the one that the run began with.
     call("compare", run / "checkpoints/step_3", run / "hf")
     call("compare", inputs / "model", run / "hf", code=1)
     # And the run goes on from there.

@@ -1,4 +1,4 @@
-"""One optimizer step on the device: against the CPU and against fp64, and however it is divided and computed."""
+"""Tests an optimizer step on the device against the CPU and fp64, however it is divided and computed."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,11 @@ from megatron_rl.model.backends import GROUPED_CAPABILITY
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """logprob: the largest difference of a token, in nats. gradient: |a - b| / |b| of the worst tensor. loss: relative,
-    and grad_norm too. update: |a - b| / |b| of what the step changed, all weights together."""
+    """Holds the largest differences that are allowed.
+
+    logprob: of a token, in nats. gradient: |a - b| / |b| of the worst tensor. loss: relative, and grad_norm too.
+    update: |a - b| / |b| of what the step changed, all weights together.
+    """
 
     logprob: float
     gradient: float

@@ -1,4 +1,4 @@
-"""One optimizer step of a small BailingMoE in many ways, each in a process of its own (tests/parallel_worker.py)."""
+"""Runs an optimizer step of a small BailingMoE in many ways, each in a process (tests/parallel_worker.py)."""
 
 import json
 import os
@@ -30,11 +30,13 @@ OF_PACKAGES = {"transformer_engine", "fa4", "quack"}
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """on_cpu: beside the device under test. layout: a name of test_parallel.LAYOUTS; one rank without.
-    experts: given with the sequences, or chosen by the routers.
-    model: keys of the configuration's section. placed: the sequences of each micro-batch; None packs them up to 80
-    tokens. balance: of the load-balance loss, which depends on what shares a micro-batch. watch_host: see
-    tests/host_waits.py."""
+    """Describes one way to run the step.
+
+    on_cpu: on a CPU, not on the device under test. layout: a name of test_parallel.LAYOUTS; one rank without. experts:
+    given with the sequences, or chosen by the routers. model: keys of the configuration's section. placed: the
+    sequences of each micro-batch; None packs them up to 80 tokens. balance: of the load-balance loss, which depends on
+    what shares a micro-batch. watch_host: see tests/host_waits.py.
+    """
 
     dtype: str = "float32"
     on_cpu: bool = False
@@ -48,13 +50,13 @@ class Run:
 
 
 def options(name: str) -> list[str]:
-    """What a key of the model's section may be, `auto` left out; none where this version does not know the key."""
+    """Return the values that a key of [model] may have, without `auto`. Return none for a key that is not known."""
     known = ModelSection.model_fields.get(name)
     return [] if known is None else [value for value in get_args(known.annotation) if value != "auto"]
 
 
 def backends() -> dict[str, dict[str, str]]:
-    """The model's section for every choice of parts, by name."""
+    """Return the model's section for every choice of parts, by name."""
     choices = [{"layers": value} for value in options("layers")]
     choices += [{"layers": "local", "expert_weight_gradient": value} for value in options("expert_weight_gradient")]
     parts = [name for name in ("attention", "experts") if options(name)]
@@ -93,8 +95,10 @@ class TrainingRuns:
         self._found: dict[str, Future[dict[str, Tensor]]] = {}
 
     def __call__(self, name: str) -> dict[str, Tensor]:
-        """logprobs/I, grad/c3po/NAME, weight/NAME, grad_norm and loss of a run. Skips where the parts that it asks for
-        cannot be had: on a CPU, or without a package that not everybody has."""
+        """Return logprobs/I, grad/c3po/NAME, weight/NAME, grad_norm and loss of a run.
+
+        Skip the test when the parts that it asks for are missing: on a CPU, or without an optional package.
+        """
         if not self._found:
             self._found = {key: self._threads.submit(self._run, key) for key in self._runs}
         try:
@@ -107,7 +111,7 @@ class TrainingRuns:
             pytest.skip(reason)
 
     def host_waits(self) -> list[str]:
-        """Of the run that is watched."""
+        """Return the places where the host waits for the GPU in the watched run."""
         self("watched")
         return list(json.loads((self._folder_of("watched") / "host_waits.json").read_text()))
 
@@ -138,6 +142,6 @@ class TrainingRuns:
 
 
 def refusal(log: str) -> str | None:
-    """The message of the last ValueError in a process's log: how the package says what cannot be had."""
+    """Return the message of the last ValueError in a log, by which the package says what it cannot do."""
     found = re.findall(r"ValueError: (.*)", log)
     return found[-1] if found else None

@@ -61,7 +61,7 @@ phase_deadline_seconds = 120
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """metrics: rows without times. sampled: of each step, the rows of its rollouts file. traced: its file of tokens."""
+    """Holds what a run left: metrics without times, rows of rollouts by step, and files of traced tokens."""
 
     metrics: list[dict[str, Any]]
     sampled: list[list[str]]
@@ -101,7 +101,7 @@ def outcome(folder: Path) -> Outcome:
 
 @pytest.fixture(scope="module")
 def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Outcome]:
-    """Of one and of two ranks."""
+    """Return the outcomes of runs that nobody kills, by the number of ranks."""
     found = {}
     for ranks in (1, 2):
         folder = tmp_path_factory.mktemp(f"undisturbed{ranks}")
@@ -112,7 +112,7 @@ def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 def wait_for(phase: str, step: int, folder: Path, run: subprocess.Popen[bytes]) -> None:
-    """Until the run is there: in the phase of this step, or with its first groups scored for "reward"."""
+    """Wait until the run is in this phase of this step. For "reward", wait until its first groups are scored."""
     heartbeat, journal = folder / "run/heartbeat.json", folder / f"run/journal/step_{step:06d}.journal"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -141,7 +141,7 @@ def tree(run: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 
 def kill(run: subprocess.Popen[bytes], rng: random.Random) -> str:
-    """SIGKILL to everything, or to one training process or the launcher; then all of it must end by itself."""
+    """Kill everything, or one training process or the launcher, by SIGKILL, and check that all of the run ends."""
     processes = tree(run)
     ranks = [p for p in processes if any("megatron_rl.cli" in part for part in p.cmdline())]
     victims = processes if rng.random() < 0.3 else [rng.choice(ranks)]

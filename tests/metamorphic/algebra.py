@@ -1,4 +1,4 @@
-"""Reference answers in letters: polynomials, formulas, equations."""
+"""Makes reference answers in letters: polynomials, formulas, equations."""
 
 import random
 from fractions import Fraction
@@ -57,7 +57,7 @@ def _monomial(coefficient: Fraction, x: Tree, exponent: int) -> Tree:
 
 
 def _quotient(coefficients: list[Fraction], zero: Fraction, x: Tree) -> Tree:
-    """By (x - zero), which leaves nothing over."""
+    """Return the polynomial divided by (x - zero), which leaves no remainder."""
     found = [coefficients[0]]
     for coefficient in coefficients[1:-1]:
         found.append(coefficient + zero * found[-1])

@@ -1,4 +1,4 @@
-"""Cases for the judges of answers: each reference answer in 25 other ways, and 25 other answers that look like it.
+"""Makes cases for the judges: each reference answer in 25 other ways, and 25 other answers that look like it.
 
     PYTHONPATH=.:tests python -m metamorphic.cases [--golds 500] [--seed 1] [--out runs/answers] [--write-known]
 
@@ -58,12 +58,12 @@ KINDS: tuple[Callable[[random.Random], Gold], ...] = (
     words.science_words,
     words.chemical_formula,
 )
-# What the judges cannot do yet, by kind, side and rule: [kind, "lost" or "taken", rule, number of cases].
+# The known failures of the judges: rows of [kind, "lost" or "taken", rule, number of cases].
 KNOWN = Path(__file__).parent / "known.json"
 GOLDS = 500
 CASES_EACH = 25
 SEED = 1
-# Of the 25, at most so many stand in a box as they were made; the others are dressed besides.
+# At most so many of the 25 stand in a plain box. The others get more text around them.
 _BARE = 16
 _EXAMPLES = 3
 LOST, TAKEN = "lost", "taken"
@@ -72,7 +72,7 @@ Failure = tuple[str, str, str]  # kind, LOST or TAKEN, rule
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One response and whether it has to be called correct.
+    """Holds one response and whether it must be called correct.
 
     pred: the response, with its box. rule: how what stands in the box was made from the gold answer. dress: what was
     done to it besides, "" for nothing. reward: the kind of reward that judges it.
@@ -88,8 +88,10 @@ class Case:
 
 
 def make_cases(golds: int = GOLDS, seed: int = SEED) -> list[Case]:
-    """`2 * CASES_EACH` of each of `golds` reference answers, which go through the kinds in turn. The same for a
-    seed."""
+    """Return `2 * CASES_EACH` cases for each of `golds` reference answers, whose kinds take turns.
+
+    The same seed gives the same cases.
+    """
     found: list[Case] = []
     seen: set[tuple[str, str]] = set()
     streams = [random.Random(f"{seed} {make.__name__}") for make in KINDS]
@@ -103,7 +105,7 @@ def make_cases(golds: int = GOLDS, seed: int = SEED) -> list[Case]:
 
 
 def sample(cases: Sequence[Case], each: int, seed: int = SEED) -> list[Case]:
-    """`each` of those to accept and of those to refuse, of every kind."""
+    """Draw `each` cases to accept and `each` to refuse, of every kind."""
     by_kind: dict[tuple[str, bool], list[Case]] = defaultdict(list)
     for case in cases:
         by_kind[case.kind, case.expected].append(case)
@@ -117,7 +119,7 @@ def _ways(gold: Gold, rng: random.Random) -> Texts:
 
 
 def _mutations(gold: Gold, rng: random.Random) -> Texts:
-    """Another answer besides the right one is none, in either order."""
+    """Return wrong texts: mutations of the answer, and guesses that name another answer besides it, in either order."""
     text, other = gold.text, gold.other
     pairs = [(text, other), (other, text)]
     guesses = [("two guesses, or", f"{a} \\text{{ or }} {b}") for a, b in pairs]
@@ -132,7 +134,7 @@ def _mutations(gold: Gold, rng: random.Random) -> Texts:
 
 
 def _cases(gold: Gold, expected: bool, texts: Texts, rng: random.Random) -> list[Case]:
-    """25 different responses; each rule once before any comes twice."""
+    """Return 25 cases with different responses. Each rule comes once before any comes twice."""
     first_rule: dict[str, str] = {}
     for rule, text in texts:
         if expected or text != gold.text:
@@ -153,7 +155,7 @@ def _cases(gold: Gold, expected: bool, texts: Texts, rng: random.Random) -> list
 
 
 def _spread(pairs: Texts, rng: random.Random) -> Texts:
-    """Shuffled, with the first of each rule in front."""
+    """Return the pairs shuffled, with the first of each rule in front."""
     shuffled = rng.sample(pairs, len(pairs))
     seen: Counter[str] = Counter()
     ranked = []
@@ -164,7 +166,7 @@ def _spread(pairs: Texts, rng: random.Random) -> Texts:
 
 
 def _dressed(text: str, gold: Gold) -> Texts:
-    """(rule, response): the same text in a box as people and models write it."""
+    """Return (rule, response) for the text in a box, as people and models write it."""
     stops = [] if text.rstrip("} ").endswith((".", "。")) else [("full stop", "."), ("Chinese full stop", "。")]
     inside = [
         *((rule, text + stop) for rule, stop in stops),
@@ -206,7 +208,7 @@ def judge(cases: Sequence[Case], workers: int = 1, seconds: float = 20.0) -> lis
 
 
 def failures(cases: Sequence[Case], verdicts: Sequence[Verdict]) -> Counter[Failure]:
-    """How many cases of each kind, side and rule were judged otherwise than they are expected."""
+    """Return the number of wrong verdicts for each kind, side and rule."""
     return Counter(
         (case.kind, LOST if case.expected else TAKEN, case.rule)
         for case, verdict in zip(cases, verdicts, strict=True)
@@ -219,13 +221,13 @@ def known_failures() -> Counter[Failure]:
 
 
 def write_known(found: Counter[Failure]) -> None:
-    """One failure a line, so that a change of the judges shows in a diff."""
+    """Write the known failures, one a line, so that a change of the judges shows in a diff."""
     lines = [json.dumps([*failure, number], ensure_ascii=False) for failure, number in sorted(found.items())]
     KNOWN.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def report(cases: Sequence[Case], verdicts: Sequence[Verdict]) -> str:
-    """By kind: how many right answers were lost and wrong ones taken; by rule, with examples."""
+    """Return a table of right answers lost and wrong ones taken, by kind; then the failures by rule, with examples."""
     wrong = [case for case, verdict in zip(cases, verdicts, strict=True) if bool(verdict.score) != case.expected]
     sides = {True: LOST, False: TAKEN}
     all_of, wrong_of = (Counter((case.kind, case.expected) for case in group) for group in (cases, wrong))

@@ -1,4 +1,4 @@
-"""A reference answer with ways to write the same and mutations that are another answer, and what makes them.
+"""Holds a reference answer with other ways to write it and with mutations that are another answer, and makes both.
 
 Everything is made from a tree, a list of numbers or a table, so what is equal follows from how it was made. A mutation
 of a tree is kept only where its value differs at a random point; one of a list, unit or word differs by construction.
@@ -25,7 +25,9 @@ RAISED = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gold:
-    """ways, mutations: (rule, what stands in the box). other: another answer of this kind, to guess besides.
+    """Holds a reference answer.
+
+    ways, mutations: (rule, what stands in the box). other: another answer of this kind, for responses with two guesses.
 
     name: what may stand before "= text". in_words: no mathematics, so `\\displaystyle` would be strange.
     """
@@ -41,20 +43,20 @@ class Gold:
 
 
 def wide(text: str) -> Texts:
-    """With full-width characters, and with each of the minus signs, where those are no part of LaTeX."""
+    """Return the text in full-width characters, if it has no LaTeX, and with each other minus sign."""
     found = [("full width", text.translate(WIDE))] if "\\" not in text and "{" not in text else []
     signs = (("−", "minus sign"), ("–", "en dash"), ("－", "full-width minus")) if "-" in text else ()
     return found + [(rule, text.replace("-", sign)) for sign, rule in signs]
 
 
 def other_trees(tree: Tree, rng: random.Random, apart: float = APART) -> Texts:
-    """Mutations that have another value, each in some spelling."""
+    """Return those mutations that have another value, each in one spelling."""
     found = [(rule, other) for rule, other in changed(tree, rng) if differ(tree, other, rng, apart)]
     return [(rule, rng.choice(spellings(other))[1]) for rule, other in found]
 
 
 def equal_trees(trees: Sequence[tuple[str, Tree]]) -> Texts:
-    """Every spelling of trees that are equal. Asserts that they are, at random points."""
+    """Return every spelling of these trees. Check at random points that they are equal."""
     first = trees[0][1]
     assert not any(differ(first, tree, random.Random(0)) for _, tree in trees), trees
     return [(f"{rule}; {style}".strip("; "), text) for rule, tree in trees for style, text in spellings(tree)]

@@ -1,4 +1,4 @@
-"""Reference answers that are one number."""
+"""Makes reference answers that are one number."""
 
 import random
 from fractions import Fraction
@@ -315,7 +315,7 @@ def scientific(rng: random.Random) -> Gold:
 
 
 def counted(rng: random.Random) -> Gold:
-    """Powers, factorials and binomial coefficients."""
+    """Make a power, a factorial or a binomial coefficient."""
     n, k, base, exponent = rng.randint(5, 12), rng.randint(2, 4), rng.choice([2, 3, 5, 7]), rng.randint(5, 12)
     text, number, ways, mutations = rng.choice(
         [
@@ -458,7 +458,7 @@ _SCALES = {"thousand": 3, "million": 6, "billion": 9}
 
 
 def scaled(rng: random.Random) -> Gold:
-    """Numbers with a scale word."""
+    """Make a number with a scale word."""
     word = rng.choice(list(_SCALES))
     power, mantissa = _SCALES[word], Fraction(rng.choice([12, 15, 25, 30, 48, 75, 120, 350]), 10)
     shown, whole = f"{float(mantissa):g}", int(mantissa * 10 ** _SCALES[word])
@@ -495,7 +495,7 @@ def scaled(rng: random.Random) -> Gold:
 
 
 def of_degrees(rng: random.Random) -> Gold:
-    """Sines, cosines and tangents of an angle in degrees."""
+    """Make a sine, cosine or tangent of an angle in degrees."""
     degrees = rng.choice([n for n in range(4, 87) if n % 15])
     name, co_name = rng.choice([("sin", "cos"), ("cos", "sin")])
     rest = 90 - degrees

@@ -1,4 +1,4 @@
-"""Reference answers that were measured or counted: angles, values with units, numbers of science."""
+"""Makes reference answers that were measured or counted: angles, values with units, numbers of science."""
 
 import random
 from fractions import Fraction
@@ -83,7 +83,7 @@ def science_quantity(rng: random.Random) -> Gold:
 
 
 def _quantity(rng: random.Random, kind: str, reward: str) -> Gold:
-    """A value with an SI unit."""
+    """Make a value with an SI unit."""
     symbol = rng.choice(list(_UNITS))
     word, prefixes = _UNITS[symbol]
     prefix, other_prefix = rng.sample(prefixes, 2)
@@ -267,7 +267,7 @@ def _compound_quantity(rng: random.Random, kind: str, reward: str) -> Gold:
 
 
 def _in_parts(unit: str) -> str:
-    """`\\text{m}/\\text{s}^2` of `m/s^2`."""
+    """Return a unit with each symbol in \\text: `\\text{m}/\\text{s}^2` for `m/s^2`."""
     text, word = "", ""
     for character in [*unit.replace("\\cdot ", "·"), ""]:
         if character.isalpha():
@@ -279,7 +279,7 @@ def _in_parts(unit: str) -> str:
 
 
 def science_number(rng: random.Random) -> Gold:
-    """A measured value: science takes 5 %. Mutations are a quarter away at least."""
+    """Make a measured value. Science accepts 5 % around it, and mutations are at least a quarter away."""
     exact = Fraction(rng.choice([n for n in range(101, 999) if n % 10]), rng.choice([10, 100, 1000]))
     text = shown_plainly(exact)
     near = f"{float(exact * Fraction(101, 100)):.3g}"
@@ -328,7 +328,7 @@ def science_number(rng: random.Random) -> Gold:
 
 
 def science_count(rng: random.Random) -> Gold:
-    """A count or a year, which science takes exactly."""
+    """Make a count or a year, which science compares exactly."""
     whole = rng.choice([rng.randint(2, 60), rng.randint(1850, 2020)])
     text = str(whole)
     ways = [

@@ -1,4 +1,4 @@
-"""Reference answers with parts: tuples, sets, lists, intervals, matrices, ratios."""
+"""Makes reference answers with parts: tuples, sets, lists, intervals, matrices, ratios."""
 
 import random
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def _decimals(entries: Sequence[Fraction], between: str = ",") -> str:
 
 
 def _other_entries(entries: list[Fraction], rng: random.Random) -> list[tuple[str, list[Fraction]]]:
-    """With one entry changed, one less, one more. None of them has the same entries in another order."""
+    """Return lists with an entry changed, left out or added. None only puts the same entries in another order."""
     place = rng.randrange(len(entries))
     larger = max(entries) + 1
 
@@ -416,7 +416,7 @@ def _same_ratio(text: str, parts: list[int]) -> bool:
 
 
 def unit_vectors(rng: random.Random) -> Gold:
-    """Sums of i, j and k."""
+    """Make a sum of multiples of the unit vectors i, j and k."""
     numbers = rng.sample([-9, -7, -5, -4, -3, -2, 2, 3, 4, 5, 6, 8], rng.choice([2, 3]))
     letters = rng.sample("ijk", len(numbers))
 

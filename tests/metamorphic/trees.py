@@ -1,4 +1,4 @@
-"""Expressions as trees, for the metamorphic tests of answers: their value, their spelling, what is one change away.
+"""Represents expressions as trees for the tests of answers: their value, their spellings, and changes of one thing.
 
 Shares no code with the package, and writes LaTeX without ever reading it. Values decide whether two trees differ.
 """
@@ -16,20 +16,20 @@ CONSTANTS = {"\\pi": lambda: mpmath.pi, "e": lambda: mpmath.e, "i": lambda: mpma
 FUNCTIONS = {"sin": mpmath.sin, "cos": mpmath.cos, "ln": mpmath.log, "arctan": mpmath.atan, "tan": mpmath.tan}
 _OTHER_FUNCTION = {"sin": "cos", "cos": "sin", "ln": "sin", "arctan": "tan", "tan": "arctan"}
 _SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
-# How tightly a written piece holds together, and so where it needs brackets.
+# Ranks of how tightly a written piece binds. They decide where it needs brackets.
 _SUM, _SLASH, _PRODUCT, _POWER, _ATOM = range(5)
 
 
 @dataclass(frozen=True, slots=True)
 class Num:
-    """A number; a negative one is written with its sign."""
+    """Represents a number. A negative one is written with its sign."""
 
     value: Fraction
 
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """A letter, or one of CONSTANTS."""
+    """Represents a letter, or one of CONSTANTS."""
 
     latex: str
 
@@ -64,7 +64,7 @@ class Root:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One of FUNCTIONS of one argument."""
+    """Represents one of FUNCTIONS of one argument."""
 
     name: str
     inside: "Tree"
@@ -78,7 +78,7 @@ def num(value: int | Fraction) -> Num:
 
 
 def fraction(value: Fraction) -> Tree:
-    """As it is usually written: the sign in front, whole numbers without a denominator."""
+    """Return the tree of a fraction as it is usually written: the sign in front, and no denominator of 1."""
     if value.denominator == 1:
         return Num(value)
     positive = Quotient(num(abs(value.numerator)), num(value.denominator))
@@ -96,15 +96,16 @@ def letters(tree: Tree) -> frozenset[str]:
 
 
 def value(tree: Tree, point: dict[str, str]) -> mpmath.mpc:
-    """At `point`, which gives each letter its number. ZeroDivisionError where there is no value."""
+    """Return the value at `point`, which gives each letter its number. Raise ZeroDivisionError if there is none."""
     with mpmath.workdps(_DIGITS):
         return mpmath.mpc(_value(tree, point))
 
 
 def differ(first: Tree, second: Tree, rng: random.Random, relative: float = 1e-9) -> bool:
-    """Whether the values are further apart than `relative` at one of four random points, which proves them different.
+    """Return whether the values differ by more than `relative` at one of four random points.
 
-    All letters are positive there. False proves nothing by itself; that both are equal follows from how they were made.
+    All letters are positive there. True proves that the trees differ. False proves nothing: trees are equal because
+    they were made so.
     """
     names = sorted(letters(first) | letters(second))
     for _ in range(4):
@@ -140,7 +141,7 @@ def _value(tree: Tree, point: dict[str, str]) -> mpmath.mpf | mpmath.mpc:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Style:
-    """One way to write.
+    """Describes one way to write a tree.
 
     frac: the command, "short" for \\frac12, "over", or "/". times: what stands between factors. root: the command, "√",
     "sqrt" or "^". power: "braces", "bare", "unicode" or "**". commuted: sums and products the other way around.
@@ -182,7 +183,7 @@ def write(tree: Tree, style: Style = PLAIN) -> str:
 
 
 def spellings(tree: Tree) -> list[tuple[str, str]]:
-    """(rule, text) of each style that writes something of its own."""
+    """Return (rule, text) of each style that writes something of its own."""
     found: dict[str, str] = {}
     for rule, style in STYLES.items():
         found.setdefault(write(tree, style), rule)
@@ -282,7 +283,7 @@ def _write_root(inside: Tree, index: int, style: Style) -> tuple[str, int]:
 
 
 def changed(tree: Tree, rng: random.Random) -> Iterator[tuple[str, Tree]]:
-    """(rule, tree) with one thing changed. Not every one has another value: `differ` says."""
+    """Yield (rule, tree) with one thing changed. Some have the same value; `differ` finds out."""
     yield from _changed(tree, rng)
     yield "the sign of all", negative(tree)
     yield "one more", Sum((tree, num(1)))

@@ -1,4 +1,4 @@
-"""Reference answers that are no mathematics: letters of choices, words, chemical formulas."""
+"""Makes reference answers that are no mathematics: letters of choices, words, chemical formulas."""
 
 import random
 

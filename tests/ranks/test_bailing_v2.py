@@ -1,4 +1,4 @@
-"""BailingMoeV2 against the plain fp64 model of reference.py: trainer, embedded server, files; and its router alone."""
+"""Tests BailingMoeV2 against the plain fp64 model of reference.py: trainer, embedded server, files, and its router."""
 
 import json
 import random
@@ -134,7 +134,7 @@ def test_replayed_experts_have_the_gradient_of_the_reference(models: dict[str, P
 
 @pytest.fixture(scope="module")
 def in_bf16(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A model as published: bf16, but for the biases; and its tensors."""
+    """Write a model as it is published, in bf16 but for the biases. Return its path and its tensors."""
     model = write_tiny_model(tmp_path_factory.mktemp("bf16") / "tiny", **SHAPE | {"torch_dtype": "bfloat16"})
     tensors = {n: t if n.endswith("expert_bias") else t.bfloat16() for n, t in load_file(model / MODEL).items()}
     biases = [t for name, t in tensors.items() if name.endswith("expert_bias")]
@@ -257,7 +257,10 @@ def test_the_choice_among_groups_is_the_references_where_nothing_ties_and_as_goo
 
 @pytest.fixture(scope="module")
 def routers(models: dict[str, Path]) -> Iterator[Callable[[torch.Tensor, torch.Tensor], list[dict[int, float]]]]:
-    """What trainer and server make of the logits [8] of one token and a bias [8]: the weight of each chosen expert."""
+    """Yield a function that routes one token by the trainer and by the server.
+
+    It takes the token's logits [8] and a bias [8] and returns, for each of the two, the weights of the chosen experts.
+    """
     config = SftConfig.model_validate(
         {
             "run_dir": "unused",
@@ -286,7 +289,7 @@ def routers(models: dict[str, Path]) -> Iterator[Callable[[torch.Tensor, torch.T
 # Scores of the groups {0, 1}, ..., {6, 7}, of which a token sees two, and two experts in them.
 SCORES = [0.50, 0.40, 0.60, 0.10, 0.30, 0.55, 0.20, 0.15]
 CHOICES: dict[str, tuple[dict[int, float], list[float], set[int]]] = {
-    # Groups by their two best: 0.90, 0.70, 0.85, 0.35; the best expert of all, 2, is in none of the first two.
+    # The two best of each group add up to 0.90, 0.70, 0.85, 0.35. Expert 2 is the best, but its group is not chosen.
     "groups shut out the best expert": ({}, SCORES, {0, 5}),
     "a bias opens a group": ({3: 0.25}, SCORES, {0, 2}),
     "a bias turns the choice in a group": ({1: 0.16}, SCORES, {1, 5}),

@@ -1,4 +1,4 @@
-"""Every family against transformers' own classes: log-probs, gradients, files; and what config.json must say."""
+"""Tests every family against transformers' own classes: log-probs, gradients, files, and what config.json must say."""
 
 import json
 import random
@@ -41,7 +41,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def spec_of(model: Path, **changes: object) -> dict:
-    """As in test_parallel; the recorded log-probs are near those of the model, so that ratios are near 1."""
+    """Return a spec as in test_parallel. Its recorded log-probs are near the model's, so that ratios are near 1."""
     spec = make_spec(model, token_cap=400, traced=[], **changes)
     rng = random.Random(5)
     spec["sequences"].append(

@@ -1,4 +1,4 @@
-"""Every way to divide the work gives the same gradient, the same step, and the same checkpoint: real gloo ranks."""
+"""Tests that every way to divide the work gives the same gradient, step and checkpoint, on real gloo ranks."""
 
 import json
 from collections.abc import Callable
@@ -102,7 +102,7 @@ def test_one_process_matches_the_formula_in_plain_torch(model: Path, alone: dict
         if i in TRACED:
             assert float((alone[f"traced/{i}"] - logprobs).abs().max()) < 2e-5
         by_token.append(torch.stack([-logprobs, entropy]))
-    # What fine-tuning validates by: cross-entropy and entropy per loss token over all sequences.
+    # Fine-tuning validates by the cross-entropy and the entropy per loss token over all sequences.
     measured = {"measured": torch.cat(by_token, dim=1).mean(dim=1)}
     assert worst(alone, measured, "measured") < (1e-6, "")
     policy_loss(config, weights, spec, ALGORITHMS[0]).backward()
@@ -125,7 +125,7 @@ def test_two_ranks_give_the_gradient_and_the_step_of_one(
 
 @pytest.fixture(scope="module")
 def exact(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Layout], dict[str, torch.Tensor]]:
-    """One process in fp64, with the auxiliary losses that a layout can be compared with."""
+    """Return a function that runs one process in fp64, with auxiliary losses that the layout can be compared with."""
     runs: dict[str, dict[str, torch.Tensor]] = {}
 
     def run(layout: Layout) -> dict[str, torch.Tensor]:
@@ -167,7 +167,7 @@ def test_grouped_experts_train_what_sequential_ones_do(
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A deeper model, and what one process makes of it in fp64."""
+    """Make a deeper model, and return it with the results of one process in fp64."""
     folder = tmp_path_factory.mktemp("deep")
     model = write_tiny_model(folder / "tiny", **SHAPE | {"num_hidden_layers": 7})
     spec = exact_spec(model, moe=moe(Layout(world_size=1)))
@@ -232,7 +232,7 @@ def test_an_auxiliary_loss_is_what_it_is_said_to_be(balance: float, z: float, mo
     (policy_loss(config, weights, spec, ALGORITHMS[0]) + balance * expected_balance + z * expected_z).backward()
     gradients = {f"grad/c3po/{name}": w.grad for name, w in weights.items()}
     assert worst(found, gradients, "grad/") < (1e-6, "")
-    # What is logged is the mean over the three mixture-of-experts layers; a loss that is off is left out.
+    # The logged loss is the mean over the three mixture-of-experts layers. A loss that is off is not logged.
     metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
     logged = {name: metrics[name] for name in ("load_balance_loss", "z_loss") if name in metrics}
     written = {"load_balance_loss": expected_balance.item() / 3} if balance else {"z_loss": expected_z.item() / 3}
@@ -313,7 +313,8 @@ def test_bfloat16_by_what_a_gpu_has_trains_close_to_float32(
 
 
 def test_quack_changes_the_experts_gradients_alone_and_by_their_rounding_alone(model: Path, tmp_path: Path) -> None:
-    """The same step in bf16, where the gradients of experts are rounded to bf16 in every micro-batch, or never."""
+    """Compare a step in bf16 without and with quack: torch rounds experts' gradients in every micro-batch, quack
+    never."""
     common = {"dtype": "bfloat16", "as_on_a_gpu": True}
     torchs = run_ranks(1, make_spec(model, **common), tmp_path / "torch")
     quacks = run_ranks(1, make_spec(model, **common, expert_weight_gradient="quack"), tmp_path / "quack")
@@ -332,7 +333,7 @@ def test_what_saves_memory_and_what_overlaps_changes_no_bit(kernels: dict, model
     common = {"dtype": "bfloat16", "whole_gradients": False, "parallel": {"expert": 2}, "steps": 3, "as_on_a_gpu": True}
     common |= kernels
     expected = run_ranks(2, make_spec(model, **common, watch_host=True), tmp_path / "plain")
-    # Where a bucket ends between its experts, a layer's gradients are torch's, rounded.
+    # quack's product needs whole layers in a bucket. Otherwise torch adds up a layer's gradients, which it rounds.
     spec = make_spec(model, **common, **(WHOLE_LAYERS if kernels else EVERYTHING), recompute="selective")
     found = run_ranks(2, spec, tmp_path / "run")
     assert found.keys() == expected.keys()
@@ -361,7 +362,8 @@ def test_a_checkpoint_continues_in_another_layout_as_if_nothing_had_happened(
 
 @pytest.fixture(scope="module")
 def saved_by_tp2(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, torch.Tensor]]:
-    """A checkpoint of two tensor-parallel ranks after a step, and the weights that they exported then."""
+    """Save a checkpoint of two tensor-parallel ranks after a step. Return it and the weights that they exported
+    then."""
     folder = tmp_path_factory.mktemp("tp2")
     spec = make_spec(model, whole_gradients=False, parallel={"tensor": 2}, save_to=str(folder / "checkpoints"))
     return f"{folder}/checkpoints/step_1", run_ranks(2, spec, folder / "run")

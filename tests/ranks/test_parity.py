@@ -1,4 +1,4 @@
-"""Two implementations of the same model, megatron-core and the embedded server, agree on every token's log-prob."""
+"""Tests that megatron-core and the embedded server agree on the log-prob of every token of the same model."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ LAYOUTS = {"alone": (1, {}), "TP2": (2, {"tensor": 2}), "EP2": (2, {"expert": 2}
     ids=["norm_head", "plain_head", "tied"],
 )
 def model_and_scores(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list]:
-    """A model directory, and the log-probs that a real server gives for the tokens of the spec's sequences."""
+    """Return a model directory and a real server's log-probs of the tokens of the spec's sequences."""
     folder = tmp_path_factory.mktemp("parity")
     model = write_tiny_model(folder / "tiny", **(SHAPE | request.param))
     server = EmbeddedServer(model, folder / "server.log", context_length=64)

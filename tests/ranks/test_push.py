@@ -1,4 +1,4 @@
-"""Weights over a process group: whole and right in every layout, and never a mixture when something goes."""
+"""Tests weights over a process group: whole and right in every layout, and never a mixture after a failure."""
 
 import itertools
 import json
@@ -39,7 +39,8 @@ DAMAGED = "model.layers.1.attention.dense.weight"
 
 
 def make_models(folder: Path, shape: dict[str, Any]) -> Path:
-    """mine is the trainer's, damaged differs from it in one tensor, other in all."""
+    """Write three models: the trainer's `mine`, `damaged` with one other tensor, and `other` with other tensors
+    only."""
     write_tiny_model(folder / "mine", 0, **shape)
     damaged = write_tiny_model(folder / "damaged", 0, **shape)
     tensors = tensors_of(damaged)
@@ -50,7 +51,7 @@ def make_models(folder: Path, shape: dict[str, Any]) -> Path:
 
 
 def run(num_ranks: int, scenario: str, models: Path, folder: Path, **more: Any) -> dict[str, Any]:
-    """The report of a scenario of push_worker.py."""
+    """Run a scenario of push_worker.py and return its report."""
     spec = {"scenario": scenario, "other": str(models / "other"), "damaged": str(models / "damaged"), **more}
     run_ranks(num_ranks, spec | {"model": str(models / "mine")}, folder, worker="push_worker.py", timeout_seconds=120)
     return dict(json.loads((folder / "report.json").read_text()))
@@ -58,7 +59,7 @@ def run(num_ranks: int, scenario: str, models: Path, folder: Path, **more: Any) 
 
 @pytest.fixture(scope="module", params=SHAPES)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path, str]]:
-    """A shape, its models, and the url of a server of it."""
+    """Yield the name of a shape, the folder of its models, and the URL of a server of one."""
     folder = make_models(tmp_path_factory.mktemp(request.param) / "models", SHAPES[request.param])
     server = EmbeddedServer(folder / "other", folder / "server.log", max_running_requests=2, context_length=64)
     try:

@@ -1,4 +1,4 @@
-"""Router replay (R3): the trainer uses exactly the experts that came with the responses, whatever holds them."""
+"""Tests router replay (R3): in any layout the trainer uses exactly the experts that came with the responses."""
 
 import json
 import random
@@ -38,7 +38,7 @@ NUM_LAYERS, TOPK = 3, 2
 
 
 def replay_spec(model: Path, **changes: object) -> dict:
-    """Random experts for every token but the last: hardly ever what the router would choose."""
+    """Make a spec with random experts for every token but the last. The router would hardly ever choose them."""
     spec = exact_spec(model, **{"token_cap": CAP, "algorithms": ALGORITHMS[:1], **changes})
     spec["sequences"] = spec["sequences"][:5]
     rng = random.Random(1)

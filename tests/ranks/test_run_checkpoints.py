@@ -1,4 +1,4 @@
-"""A run's checkpoints on two real ranks: written beside training, on full disks, damaged, killed in the middle."""
+"""Tests a run's checkpoints on two real ranks: written beside training, on full disks, damaged, or killed midway."""
 
 import json
 import os
@@ -18,7 +18,7 @@ WORKER = "checkpoint_worker.py"
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict, dict]]:
-    """What each of two expert-parallel ranks reports of all scenarios, in one start of them."""
+    """Run all scenarios in one start of two expert-parallel ranks, and yield each rank's report."""
     folder = tmp_path_factory.mktemp("checkpoints")
     model = str(write_tiny_model(folder / "model"))
     with pytest.raises(AssertionError, match=r"ranks ended with \[-9\]"):
@@ -77,7 +77,7 @@ def test_one_checkpoint_is_written_at_a_time(reports: tuple[dict, dict]) -> None
 
 
 def test_the_newest_and_every_nth_checkpoint_stay(reports: tuple[dict, dict]) -> None:
-    # Of 2 to 8, the last two, and the multiples of three.
+    # Steps 2 to 8 were saved. The last two and the multiples of three stay.
     assert reports[0]["kept"]["names"] == ["latest", "step_3", "step_6", "step_7", "step_8"]
 
 

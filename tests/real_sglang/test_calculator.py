@@ -1,4 +1,4 @@
-"""The example agent with a tool, trained against a real SGLang server: a tiny Qwen3 that has seen how it is called."""
+"""Tests the example agent with a tool against real SGLang, on a tiny Qwen3 that was fine-tuned to call the tool."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ EXAMPLE = ROOT / "examples/agents/calculator"
 
 
 def write_rows(folder: Path) -> None:
-    """Chats in which the tool is called as it should be, and the sums alone."""
+    """Write chats that call the tool as they should, and rows with the sums alone."""
     spec = importlib.util.spec_from_file_location("calculator", EXAMPLE / "agent.py")
     assert spec is not None and spec.loader is not None
     agent = importlib.util.module_from_spec(spec)

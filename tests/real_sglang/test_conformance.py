@@ -1,4 +1,4 @@
-"""Real SGLang against the tests of conformance.py: what they say of a server is true of the one we stand in for.
+"""Tests real SGLang by conformance.py, so that what it says of a server is true of the one that we stand in for.
 
 It is the one of .venv-sglang on a CPU. With MEGATRON_RL_SGLANG_ON_GPU set it is this interpreter's, on a GPU, and gets
 the arguments in the variable.

@@ -1,4 +1,4 @@
-"""What we export opens in real SGLang, and gives the log-probs that the trainer gives."""
+"""Checks that real SGLang loads an exported model and gives the trainer's log-probs."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ PYTHON = find_sglang(
 
 
 def sglang_logprobs(model: Path, sequences: list[list[int]], log: Path) -> list[list[float | None]]:
-    """Of all tokens but the first of each sequence."""
+    """Return SGLang's log-probs of all tokens but the first of each sequence."""
     server = SglangServer(model, log, python=PYTHON, max_running_requests=8, context_length=128)
     return [found[1:] for found in input_logprobs(server, sequences, max_new_tokens=1, seconds=180)]
 

@@ -1,4 +1,4 @@
-"""Real SGLang serves every family with transformers' log-probs, and ends responses at every end token of the files."""
+"""Tests that real SGLang serves every family with transformers' log-probs, and ends at every end token of the files."""
 
 import json
 import random
@@ -94,7 +94,7 @@ def test_sglang_has_the_logprobs_of_bailing_v2_and_of_other_weights_after_a_push
 
 
 def push(model: Path, client: httpx.Client) -> None:
-    """Hand every tensor over as training does, in buckets of 60 kB; the biases come in some of them."""
+    """Push every tensor as training does, in buckets of 60 kB. Some of the buckets hold biases."""
     tensors = load_file(model / "model.safetensors")
     client.post("/begin_weight_update", json={}).raise_for_status()
     for bucket in divide(name_table(load_architecture(model)).values(), torch.float32, 60_000):

@@ -1,4 +1,4 @@
-"""The gateway over real SGLang: the tests of gateway_conformance.py."""
+"""Runs the tests of gateway_conformance.py over real SGLang."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Real SGLang serves who has the key of the run, which shows nowhere; a page in a browser has not."""
+"""Tests that real SGLang serves only clients with the run's key, which shows nowhere. A page in a browser has none."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""Whole runs against a real SGLang server: two ranks, weights by broadcast or through shared memory, C3PO++."""
+"""Tests whole runs with real SGLang: two ranks, weights by broadcast or through shared memory, C3PO++."""
 
 import json
 import subprocess
@@ -57,8 +57,8 @@ def test_two_ranks_train_on_what_the_present_weights_sampled_and_keep_what_is_un
     assert done.returncode == 0, done.stderr[-4000:]
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["num_loss_tokens"] for row in rows] == [1200, 1200, 1200]
-    # Of tokens that the present weights sampled. Weights that had not arrived would move most of them, by up to 1. One
-    # token may be off by 0.02: where two experts' scores tie to the last bit, the two engines choose another one.
+    # The mean is over tokens that the present weights sampled. Weights that had not arrived would change most of them,
+    # by up to 1. One token may differ by 0.02: the engines choose differently if two experts tie.
     assert max(row["logprob_difference_mean"] for row in rows) < 1e-4
     assert all(row["num_lost_servers"] == 0 for row in rows)
     assert ("release_seconds" in rows[0], "resume_seconds" in rows[0]) == (release == "true",) * 2

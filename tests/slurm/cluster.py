@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine: munged, slurmctld and two slurmd on loopback, as an ordinary user."""
+"""Runs a real Slurm of two nodes on this machine as an ordinary user: munged, slurmctld and two slurmd on loopback."""
 
 import os
 import pwd
@@ -61,7 +61,7 @@ def missing_programs() -> list[str]:
 
 
 def until(what: str, found: Callable[[], Any], seconds: float, told: Callable[[], str] = lambda: "") -> Any:
-    """The first true value of `found`; every wait has a deadline and says what it waits for."""
+    """Return the first true value of `found`. Fail after so many seconds, and say what is waited for."""
     started = said = time.monotonic()
     while not (value := found()):
         now = time.monotonic()
@@ -74,7 +74,7 @@ def until(what: str, found: Callable[[], Any], seconds: float, told: Callable[[]
 
 
 class Cluster:
-    """Owns the daemons. `close()` ends the jobs and them; so does the end of this process, whatever ends it.
+    """Owns the daemons of the cluster. `close()` ends the jobs and them, and so does any end of this process.
 
     folder: everybody's in it; the jobs' user may write there.
     """
@@ -106,7 +106,7 @@ class Cluster:
         self._start(f"slurmd_{name}", "-D", "-N", name)
 
     def kill_node(self, name: str) -> None:
-        """Its slurmd dies as with the machine. What it started lives on, which on a real machine it would not."""
+        """Kill the slurmd of a node, as if its machine died. On a real machine its processes would die too."""
         daemon = self._daemons.pop(f"slurmd_{name}")
         daemon.kill()
         daemon.wait()
@@ -115,7 +115,7 @@ class Cluster:
         until("two idle nodes", lambda: self._states() == ["idle"] * len(NODES), 60, lambda: self.run("sinfo", "-Nl"))
 
     def run(self, *command: str, check: bool = True, **environment: str) -> str:
-        """What a client command says, on stdout and stderr."""
+        """Run a client command and return its stdout and stderr together."""
         done = subprocess.run(
             command,
             env=self._environment | environment,
@@ -131,7 +131,7 @@ class Cluster:
         return done.stdout
 
     def job(self, number: str) -> dict[str, str]:
-        """Fields of `scontrol show job`; `sbatch --wait` would look for the end ever more seldom."""
+        """Return the fields of `scontrol show job`. `sbatch --wait` would look for the end less and less often."""
         text = self.run("scontrol", "--oneliner", "show", "job", number)
         return dict(re.findall(r"(\S+?)=(\S*)", text))
 
@@ -191,8 +191,11 @@ class Cluster:
 
 
 def _ordinary_user() -> tuple[pwd.struct_passwd, dict[str, Any]]:
-    """Who owns daemons and jobs, and what makes Popen take it: whoever runs the tests; for root nobody, since root may
-    do anything. But root where nobody may not read this interpreter or these tests (in root's home, say)."""
+    """Return the user that owns daemons and jobs, and the options of Popen that start a process as that user.
+
+    It is the user who runs the tests. For root it is `nobody`, since root may do anything; but root itself if `nobody`
+    may not read this interpreter or these tests (in root's home, for example).
+    """
     if os.getuid() != 0:
         return pwd.getpwuid(os.getuid()), {}
     nobody = pwd.getpwnam("nobody")

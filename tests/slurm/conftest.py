@@ -1,4 +1,4 @@
-"""Skips where there is no Slurm to start; with MEGATRON_RL_NEED_SLURM=1 that is a failure."""
+"""Skips these tests without a Slurm to start. With MEGATRON_RL_NEED_SLURM=1 a missing one is a failure."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The shipped sbatch files on a real Slurm of two nodes: undisturbed, signalled, a node lost, servers apart."""
+"""Tests the shipped sbatch files on a real Slurm of two nodes: undisturbed, signalled, a node lost, servers apart."""
 
 import json
 import re
@@ -60,7 +60,7 @@ _CLOCK_SECONDS = 1.5
 
 
 class Job:
-    """A submitted run. What it waits for has a deadline; then it tells what the job and its ranks said."""
+    """Runs a job. Each wait has a deadline and, when it is over, shows the output of the job and its ranks."""
 
     def __init__(self, cluster: Cluster, folder: Path, name: str, script: str, *options: str, steps: int = 3) -> None:
         self.run_dir = folder / name
@@ -82,7 +82,7 @@ class Job:
         return self.run_dir / f"logs/slurm-{self.id}.{start}"
 
     def processes(self) -> list[psutil.Process]:
-        """Those that the job's steps started, children that left their group included, and the steps' own."""
+        """Return the processes of the job's steps, also children that left their process group, and slurmstepd."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -125,15 +125,18 @@ class Job:
         return str(self.until(" or ".join(states), reached, seconds))
 
     def shorten(self, steps: int) -> int:
-        """The next start ends so many steps after the last checkpoint; returns that step."""
+        """Make the next start end so many steps after the last checkpoint, and return the step of that end."""
         end = int((self.run_dir / "checkpoints/latest").read_text().removeprefix("step_")) + steps
         text = self._config.read_text()
         self._config.write_text(re.sub(r"(?m)^steps = \d+", f"steps = {end}", text))
         return end
 
     def begin_now(self) -> None:
-        """What is put back waits two minutes otherwise, and for good reasons: its last start must have ended on all
-        nodes, and slurmd tells a start from the last by seconds ("already killed, do not launch")."""
+        """Start a requeued job three seconds from now. Slurm itself would wait two minutes.
+
+        Its last start must first have ended on all nodes. slurmd tells a start from the last one by whole seconds
+        ("already killed, do not launch").
+        """
         self.until_state("PENDING")
         assert self.field("Restarts") == "1"
         self.until_gone()

@@ -83,7 +83,7 @@ class Trial:
             return None
         row: dict[str, Any] = {}
         self.found["parts"][name] = row
-        # What is left when a part starts; less would only show that the time was over.
+        # A part gets the time that is left. With too little it would only show that the time was over.
         seconds = min(at_most, self.seconds_left - GRACE_SECONDS)
         if self._stopped or seconds < min(at_most, 30.0):
             row["left_out"] = self._stopped or f"{self.seconds_left:.0f} s were left"

@@ -1,4 +1,4 @@
-"""How fast is training on one GPU, with torch's kernels and with FlashAttention 4 and quack's?
+"""Measures how fast one GPU trains, with torch's kernels and with those of FlashAttention 4 and quack.
 
     python tools/gpu_trial/speed_trial.py [--dry]
 

@@ -36,7 +36,7 @@ FETCHED, STORE = ROOT / ".trial", Path("/tmp/gpu_trial")
 # A call carries 64 MiB, the working tree (4 MB) and everything else included.
 PIECE_BYTES = 60_000_000
 MANIFEST = "manifest.json"
-# What the other machine is. pip takes platforms by name, not by "this one or older".
+# The other machine's Python and platforms. pip takes platforms by name, not by "this one or older".
 PYTHON = "3.12"
 GLIBCS = (39, 35, 34, 31, 28, 27, 26, 24, 17, 12, 5)
 PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in GLIBCS] + [f"manylinux{n}_x86_64" for n in ("2014", "2010", "1")]

@@ -6,7 +6,7 @@ import zlib
 
 from megatron_rl.parsing import MAX_DOCUMENT_BYTES
 
-# What a pickle of one text is made of. Whatever could name, call or build something else is not among it.
+# A pickle of one text needs these opcodes only. None of them can name, call or build another object.
 _FRAME = {"PROTO", "FRAME", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "STOP"}
 _TEXT = {"UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
 

@@ -51,7 +51,7 @@ _OPTION_LINE = re.compile(r"^[ \t>*-]*(?:\\text(?:bf|rm)?\{)?\(?([A-Ja-j])\s*[.)
 _OPTION_IN_BRACKETS = re.compile(r"(?<![\w)])(?:\\(?:text|math)(?:bf|rm)?\{\s*)?\(([A-J])\)")
 _OPTION_INLINE = re.compile(r"(?<=\s)([A-J])[.)](?=\s*\S)")
 _LETTER_ANSWER = re.compile(r"\W*(?:\\text(?:bf)?\{)?\W*[A-Ja-j]\W*")
-# What models read as the end or the beginning of something: of ChatML and Llama 3, DeepSeek, Llama 2, Gemma, Ling.
+# Models read these as special tokens: those of ChatML and Llama 3, DeepSeek, Llama 2, Gemma and Ling.
 _SPECIAL_TOKEN = re.compile(
     r"<\|[^\s<>|]{1,40}\|>|<｜[^\s<>｜]{1,40}｜>|</s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>"
     r"|<role>(?:HUMAN|ASSISTANT|SYSTEM)</role>"

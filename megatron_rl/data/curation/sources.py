@@ -15,7 +15,7 @@ from megatron_rl.parsing import MAX_LINE_BYTES, bounded_lines, parse_json, read_
 
 PIECE_ROWS = 1000
 PIECE_BYTES = 8 * 1024**2  # rows of code with their tests can have megabytes
-# What a .gz may unpack to: text that says something shrinks 3 to 20 times, and gzip can make zeros 1000 times smaller.
+# A .gz may unpack to so many times its size. Real text shrinks 3 to 20 times; gzip can shrink zeros 1000 times.
 MAX_RATIO = 200
 ALWAYS_UNPACKED_BYTES = 64 * 2**20
 MAX_UNPACKED_BYTES = 256 * 2**30

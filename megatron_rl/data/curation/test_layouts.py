@@ -9,7 +9,7 @@ from megatron_rl.parsing import parse_json
 from megatron_rl.reward.code_tests import parse_exact_json
 
 Tests = Mapping[str, Any]
-# From the row and the value of tests_column. KeyError, TypeError or ValueError: the row is not in this layout.
+# Reads the tests of a row and its value of tests_column. KeyError, TypeError and ValueError mean another layout.
 Reader = Callable[[Mapping[str, Any], Any], Tests]
 
 _TEST_FUNCTION = re.compile(r"^\s*(?:async )?def test\w*\(", re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Translates between routes and HTTP: JSON in and out, faults as statuses, waiting for what other threads do."""
+"""Turns results of routes into JSON answers and their errors into HTTP statuses, and awaits other threads' futures."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Ends the states that a client begins and does not end."""
+"""Ends what a client began and then left alone: a pause, or a session of weight updates."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 class Hold:
-    """Ends a state by itself once nobody has done anything about it for `seconds`. It belongs to one event loop."""
+    """Ends a state by itself when nobody has touched it for `seconds`. It belongs to one event loop."""
 
     def __init__(self, seconds: float, is_held: Callable[[], bool], let_go: Callable[[], Awaitable[None]]) -> None:
         """Watch a state for its end. is_held: whether there is something to end. let_go: ends it and says so in the
@@ -19,8 +19,11 @@ class Hold:
 
     @contextmanager
     def touched(self) -> Iterator[None]:
-        """Note that somebody begins, uses or ends the state. The time starts anew when that is done, and goes on where
-        it failed: who waits for the state's end must not keep it alive by asking."""
+        """Note that somebody begins, uses or ends the state. The time starts anew when that succeeds, and goes on if it
+        fails.
+
+        So a client that asks again and again for the end of the state does not keep it alive.
+        """
         loop = asyncio.get_running_loop()
         self._at_work += 1
         if self._timer is not None:

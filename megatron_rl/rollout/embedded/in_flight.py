@@ -1,5 +1,4 @@
-"""Tracks the requests that have come and are not answered yet: how many there may be, and who hears of which
-sequence."""
+"""Tracks the requests that have no answer yet: limits how many there are, and delivers each sequence's events."""
 
 import asyncio
 from collections.abc import Sequence as ListOf

@@ -1,4 +1,4 @@
-"""Opens a socket, and an HTTP server on it, in an event loop that is somebody else's."""
+"""Binds a socket and makes an HTTP server for it that runs in the caller's event loop, here and in the gateway."""
 
 import asyncio
 import contextlib

@@ -1,8 +1,9 @@
-"""Tracks what of its memory a server has given back, and what it therefore refuses: SGLang's rules, without the memory.
+"""Tracks which parts of its memory the server was told to release, and refuses what SGLang could not do without them.
 
-On a GPU SGLang hands weights, cache and graphs back to the driver; this server keeps what it has. It refuses what would
-end SGLang (a release while requests run, a resume of what was not released) or let it answer nonsense (generating
-without cache, or before new weights came: those that it resumes hold whatever lay in that memory).
+On a GPU SGLang gives the memory of weights, cache and graphs back to the driver. This server keeps its memory and only
+follows the rules. It refuses what would end SGLang: a release while requests run, or a resume of what was not released.
+It also refuses what would make SGLang answer nonsense: generating without a cache, or with resumed weights before new
+ones came, whose memory holds whatever lay there.
 """
 
 from typing import Any

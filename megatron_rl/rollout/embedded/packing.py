@@ -136,8 +136,8 @@ def _blank(config: Architecture, dtype: torch.dtype) -> ModelWeights:
 
     def layer(is_moe: bool) -> LayerWeights:
         everyones = config.shared_intermediate_size if is_moe else config.intermediate_size
-        # A multiple of 16: in a product of 5 to 11 columns some processors' kernels give a row bits that depend on
-        # its place. Of 32: so do kernels of the sigmoid at what is left over.
+        # A multiple of 16, since in products of 5 to 11 columns some processors' kernels give a row bits that depend
+        # on its place. Kernels of the sigmoid do so too for a rest of columns, so there it is a multiple of 32.
         multiple = 32 if config.score_function == "sigmoid" else 16
         columns = -(-config.num_experts // multiple) * multiple
         return LayerWeights(

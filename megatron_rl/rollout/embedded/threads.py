@@ -1,4 +1,4 @@
-"""Runs work that an event loop does not do itself."""
+"""Runs a function that may block in a thread, and lets an event loop await its result."""
 
 import asyncio
 import threading
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 async def in_thread(function: Callable[[], T]) -> T:
-    """Run a function in a thread of its own, which does not keep the process alive: a peer may let it wait for long."""
+    """Run a function in a daemon thread. It does not keep the process alive, since a peer may make it wait for long."""
     future: Future[T] = Future()
 
     def run() -> None:

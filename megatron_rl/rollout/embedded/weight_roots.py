@@ -1,4 +1,4 @@
-"""Knows the directories from which a server may load weights: those that whoever started it named, and no others."""
+"""Decides from which directories a server may load weights."""
 
 import os
 from collections.abc import Sequence
@@ -13,9 +13,12 @@ WEIGHT_FOLDER_PREFIX = "megatron_rl-weights-"
 
 
 class WeightRoots:
-    """Knows the model's own directory and those below the roots. A server that somebody started by hand knows no run's
-    folder. So it takes two more where they belong to its own user: the directories beside the model, and the folders of
-    runs in this machine's memory or temporary directory."""
+    """Knows the model's own directory and those below the roots, which whoever started the server named.
+
+    A server that somebody started by hand was not told any run's folder. So two more are taken if they belong to the
+    server's own user: the directories beside the model, and the folders of runs in this machine's memory or temporary
+    directory.
+    """
 
     def __init__(self, model_path: str, roots: Sequence[str]) -> None:
         self._model = Path(model_path).resolve()

@@ -8,8 +8,8 @@ converted one (checkpoint/read.py), and `checksums.json` of all that.
 
 Saving has three parts. Planning and copying are collective on the groups that train, so training waits for them.
 Writing is every rank's own. The end (index, checksums, rename, `latest`) is rank 0's, between collectives on a group
-that nothing else uses; so the last two parts may run in a thread beside training. What came of it all ranks learn at a
-step boundary, on the control group, and raise or go on together.
+that nothing else uses; so the last two parts may run in a thread beside training. All ranks learn the result at a step
+boundary, on the control group, and then raise or go on together.
 """
 
 import datetime

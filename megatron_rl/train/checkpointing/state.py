@@ -1,8 +1,8 @@
 """Saves and loads the trainer's state as Megatron's distributed checkpoint: model, optimizer, schedule and RNG, for any
 layout.
 
-Megatron plans on all ranks who writes what. Then every rank writes its file, without word to the others, and rank 0
-adds the index; train/checkpointing/checkpoints.py says when, and what makes a whole checkpoint of it.
+Megatron plans on all ranks which rank writes what. Then every rank writes its file without messages to the others, and
+rank 0 adds the index. train/checkpointing/checkpoints.py decides when, and what makes a checkpoint whole.
 """
 
 import dataclasses

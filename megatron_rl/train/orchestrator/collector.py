@@ -1,4 +1,4 @@
-"""Does rank 0's side of a step: collects the groups of a rollout phase, and plans the train phase that they fill."""
+"""Collects the groups of a rollout phase on rank 0, and plans the train phase that they fill."""
 
 import logging
 import time
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 class Collector:
     """Collects what a phase needs, plans its optimizer steps, and keeps what it leaves to the next one.
 
-    files: where the responses of each step are written, beside what follows. `close()` ends that.
+    files: writes the responses of each step beside what follows. `close()` ends that.
     """
 
     def __init__(self, config: RlConfig, layout: Layout, cost: CostModel, source: GroupSource) -> None:
@@ -36,7 +36,7 @@ class Collector:
         self._budgets = config.phase_budgets(layout.world_size)
         self._refill = self._algorithm.uses_budget and config.budget.under_full == "refill"
         self._shares = domain_shares(config)
-        # What one prompt of each domain brings.
+        # The tokens that one prompt of each domain is expected to bring.
         self._per_prompt = dict.fromkeys(self._shares, PromptYield())
         self._carry = Carry()
         self.files = StepFiles(config)

@@ -1,4 +1,4 @@
-"""Does rank 0's part of a step: it talks to the servers, scores, plans, logs, and commands all ranks."""
+"""Does rank 0's part of a step: pushes weights, has groups collected and planned, commands all ranks, and logs."""
 
 import json
 import logging

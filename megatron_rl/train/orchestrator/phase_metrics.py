@@ -228,7 +228,7 @@ def _row(response: Response, prompt_of: PromptOf, kind_of: KindOf, decode: Decod
         "prompt": decode(response.segments[0].prompt_ids.tolist()) if response.segments else prompt.prompt,
         "response": text,
         **answer_columns(prompt, kind_of(prompt.domain), text),
-        # How many of its tokens each version of the weights sampled, in order.
+        # The number of tokens that each version of the weights sampled, in order.
         "policy_versions": dict(zip(map(str, versions.tolist()), counts.tolist(), strict=True)),
         "finish_reason": response.finish_reason,
         "num_tokens": response.num_policy_tokens,

@@ -17,8 +17,8 @@ from megatron_rl.train.orchestrator.weight_check import differing, told_differen
 
 log = logging.getLogger(__name__)
 
-# How many times the tolerance log-probs may differ by where every tensor is the trainer's: what is left are the two
-# programs' roundings, which in bfloat16 are large for text that the model finds unlikely. More is another model.
+# Log-probs may differ by so many times the tolerance if every tensor is the trainer's. Then only the two programs'
+# roundings differ, which bfloat16 makes large for unlikely text. A larger difference means another model.
 _SAME_TENSORS = 10.0
 
 # Says a command to all ranks and does it on this one.

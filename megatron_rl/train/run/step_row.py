@@ -1,4 +1,4 @@
-"""Makes the row of a step in metrics.jsonl, as far as reinforcement learning and fine-tuning have it in common."""
+"""Makes those parts of a step's row in metrics.jsonl that reinforcement learning and fine-tuning share."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

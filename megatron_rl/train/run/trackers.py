@@ -1,7 +1,6 @@
-"""Sends the numbers of a run to programs that draw them (`tracking`). Each is told in a thread of its own: none can
-hold a run up.
+"""Sends the numbers of a run to programs that draw them (`tracking`). Each has a thread, so that none delays the run.
 
-What a tracker fails at costs a warning. metrics.jsonl has every number, whatever becomes of it here.
+A tracker that fails costs a warning. metrics.jsonl has every number all the same.
 """
 
 import contextlib

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT = "heartbeat.json"
 BEAT_SECONDS = 10.0
-# After the deadline: then faulthandler ends a process whose watching thread cannot run (C code has the GIL).
+# So long after the deadline, faulthandler ends a process whose watching thread cannot run (C code has the GIL).
 _STUCK_SECONDS = 30.0
 
 

@@ -45,7 +45,7 @@ class TrainSequence:
 class Size:
     """Holds what is known of a rank's part of a micro-batch before it is made.
 
-    num_tokens: without padding. num_places: with it. traced: some sequence is.
+    num_tokens: without padding. num_places: with padding. traced: whether one of its sequences is traced.
     """
 
     num_tokens: int

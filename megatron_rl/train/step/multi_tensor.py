@@ -1,7 +1,7 @@
 """Computes the norm of many gradients at once, and scales them, for megatron's clipping.
 
-By itself megatron-core 0.19.2 takes Transformer Engine's or apex's as soon as one is installed, and else a kernel for
-each parameter, for whose norm the host waits (utils.py, local_multi_tensor_*).
+megatron-core 0.19.2 itself uses the functions of Transformer Engine or apex as soon as one is installed. Without them
+it runs a kernel for each parameter, and the host waits for the norm (utils.py, local_multi_tensor_*).
 """
 
 from collections.abc import Sequence
