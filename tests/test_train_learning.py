@@ -68,6 +68,16 @@ def test_a_run_that_learns_is_not_spoken_of() -> None:
             "100% of the responses give no answer",
             ["80% are cut off at the limit (raise rollout.max_response_tokens", "\\boxed{}"],
         ),
+        (
+            {"uniform_group_share": 1.0, "correct_share": 0.0},
+            "(mean reward 0.5)",
+            ["the same number, such as a floor or a ceiling", "too hard"],
+        ),
+        (
+            {"uniform_group_share": 1.0, "entropy": 0.004},
+            "the entropy is 0.004 nats per token",
+            ["the policy has collapsed"],
+        ),
         ({"entropy": 0.004}, "the entropy is 0.004 nats per token", ["optimizer.learning_rate", "temperature"]),
     ],
 )
@@ -80,6 +90,13 @@ def test_three_steps_without_learning_are_told_with_the_likeliest_causes(
     assert said in message
     places = [message.index(cause, message.index("Likely: ")) for cause in causes]
     assert places == sorted(places)
+
+
+def test_responses_that_cannot_be_judged_are_told() -> None:
+    found = told(4, reward_error_share=0.125)
+    assert [len(messages) for messages in found] == [0, 0, 1, 0]
+    assert "12% of the responses could not be judged" in found[2][0]
+    assert told(9, reward_error_share=0.01) == [[]] * 9
 
 
 def test_a_run_without_any_answer_is_told_of_both() -> None:

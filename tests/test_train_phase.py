@@ -145,4 +145,6 @@ def test_many_responses_without_a_verdict_stop_the_run_and_few_do_not() -> None:
     assert "21 of 100 responses could not be judged (20 timeouts, 1 errors), a share of 0.21" in message
     assert "reward.max_error_share = 0.2" in message
     assert "prompt-5 (timeout): ...'the end'" in message
-    assert "raise reward.timeout_seconds" in message
+    assert "Raise reward.timeout_seconds" in message
+    with pytest.raises(Fault, match="Mend the function or the reference answers.*, and go on with --resume"):
+        check(["error"] * 30 + ["wrong"] * 62, 0.2)

@@ -124,7 +124,8 @@ def as_text(found: Mapping[str, Any]) -> str:
     for alarm in found["alarms"][-_ALARMS_TOLD:]:
         lines.append(f"  alarm, step {alarm['step']}: {alarm['message']}")
     if len(found["alarms"]) > _ALARMS_TOLD:
-        lines.append(f"  and {len(found['alarms']) - _ALARMS_TOLD} alarms before (--json has all)")
+        before = len(found["alarms"]) - _ALARMS_TOLD
+        lines.append(f"  and {before} alarm{'' if before == 1 else 's'} before (--json has all)")
     return "\n".join(lines) + "\n"
 
 

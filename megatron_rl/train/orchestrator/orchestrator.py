@@ -197,6 +197,7 @@ class Orchestrator:
                     f"step {step} of {self._config.train.steps}",
                     f"reward {row['reward']:.3f}",
                     f"no answer {row['no_answer_share']:.0%}",
+                    f"errors {share:.0%}" if (share := row["reward_error_share"]) else "",
                     f"entropy {row['entropy']:.2f}",
                     f"{row['step_seconds']:.3g} s",
                     self._eta.after(step, row["step_seconds"]) or "last step",

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,8 +121,7 @@ class Phase:
         raise Fault(
             f"{len(failed)} of {len(own)} responses could not be judged ({counts['timeout']} timeouts, "
             f"{counts['error']} errors), a share of {len(failed) / len(own):.2f}, more than reward.max_error_share = "
-            f"{max_error_share:g}. For example {examples}. Look for warnings about workers in the log; raise "
-            "reward.timeout_seconds or lower reward.workers on a slow or small machine, or mend these reference answers"
+            f"{max_error_share:g}. For example {examples}. {_remedy(counts)}, and go on with --resume"
         )
 
     def metrics(self, budget_tokens: int | None, cost: CostModel, prompt_of: PromptOf) -> dict[str, Any]:
@@ -296,6 +295,13 @@ def _by_part(seen: Sequence[Sample]) -> dict[str, float]:
         f"reward_part/{name}": float(np.mean([sample.parts[name] for sample in seen if name in sample.parts]))
         for name in names
     }
+
+
+def _remedy(counts: Mapping[str, int]) -> str:
+    """Say what to do about responses that could not be judged, by how many there are of each reason."""
+    if counts["timeout"] > counts["error"]:
+        return "Raise reward.timeout_seconds, or lower reward.workers on a small machine"
+    return "Mend the function or the reference answers; reward_output.log has what a function of your own printed"
 
 
 def _share(samples: Sequence[Sample], chosen: Callable[[Sample], bool]) -> float:

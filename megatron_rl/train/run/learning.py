@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_rl.config.reward import OF_BENCHMARKS
 from megatron_rl.records import Sample
 from megatron_rl.reward.answers import extracted_answer
 from megatron_rl.reward.verdict import GAVE_UP
@@ -16,6 +17,7 @@ STEPS = 3
 # A sign that stays is told again after so many steps.
 AGAIN_STEPS = 50
 _NO_ANSWER_SHARE = 0.5
+_ERROR_SHARE = 0.01
 _TRUNCATED_SHARE = 0.25
 # In nats per token. Policies that still learn have ten times as much.
 _LEAST_ENTROPY = 0.01
@@ -69,6 +71,8 @@ def _all_wrong(row: Row) -> Iterator[str]:
         yield "many responses could not be judged (reward.timeout_seconds, reference answers that nothing can read)"
     if row.get("too_slow_share", 0.0) > _TRUNCATED_SHARE:
         yield "many programs ran out of their time (reward.code.cpu_seconds, reward.code.seconds)"
+    if row["reward"] != 0:
+        yield "the reward gives every response to a prompt the same number, such as a floor or a ceiling (make it finer)"
     yield "reward.kind or reward.domains judge by the wrong rules, or the reference answers are no answers"
     yield "the problems are too hard for the model (choose others by their difficulty: tools/prepare_data.py)"
 
@@ -86,10 +90,25 @@ def _uniform(row: Row) -> str:
     )
 
 
+def _is_uniform(row: Row) -> bool:
+    """Tell whether all groups have equal rewards, and nothing else explains or outweighs it: a policy that has
+    collapsed has a sign of its own, and a teacher teaches where rewards do not."""
+    return row.get("uniform_group_share", 0.0) >= 1 and not row.get("teacher_coefficient") and not _is_collapsed(row)
+
+
+def _is_collapsed(row: Row) -> bool:
+    return "reward" in row and row.get("entropy") is not None and bool(row["entropy"] < _LEAST_ENTROPY)
+
+
 _SIGNS = (
-    # A teacher teaches where rewards do not.
+    Sign(seen=_is_uniform, said=_uniform),
     Sign(
-        seen=lambda row: row.get("uniform_group_share", 0.0) >= 1 and not row.get("teacher_coefficient"), said=_uniform
+        seen=lambda row: row.get("reward_error_share", 0.0) > _ERROR_SHARE,
+        said=lambda row: (
+            f"{row['reward_error_share']:.0%} of the responses could not be judged, and some in each of the last "
+            f"{STEPS} steps. Their details in rollouts/ say why, and reward_output.log has what a function of your "
+            "own printed"
+        ),
     ),
     Sign(
         seen=lambda row: row.get("no_answer_share", 0.0) > _NO_ANSWER_SHARE,
@@ -99,7 +118,7 @@ _SIGNS = (
         ),
     ),
     Sign(
-        seen=lambda row: "reward" in row and row.get("entropy") is not None and row["entropy"] < _LEAST_ENTROPY,
+        seen=_is_collapsed,
         said=lambda row: (
             f"the entropy is {row['entropy']:.2g} nats per token, below {_LEAST_ENTROPY:g} for {STEPS} steps, so "
             "nothing new is tried. Likely: the policy has collapsed (lower optimizer.learning_rate, raise "
@@ -136,10 +155,15 @@ def examples(
         text, (name, expected) = text_of(sample), expected_of(sample)
         why = f"{sample.reason}: {sample.details}" if sample.reason in GAVE_UP and sample.details else sample.reason
         found.append(
-            f"prompt {name}, reward {sample.reward:g} ({why}): expected {_cut(expected)}, extracted "
-            f"{_cut(extracted_answer(judged_as(sample), text))}, the response ends {_cut(text, tail=True)}"
+            f"prompt {name}, reward {sample.reward:g} ({why}): expected {_cut(expected)}, "
+            f"{_extracted(judged_as(sample), text)}the response ends {_cut(text, tail=True)}"
         )
     return found
+
+
+def _extracted(kind: str, text: str) -> str:
+    """Say which answer the judge found; "" for a function or service, which extracts none."""
+    return f"extracted {_cut(extracted_answer(kind, text))}, " if kind in OF_BENCHMARKS else ""
 
 
 def _cut(text: str | None, tail: bool = False) -> str:
