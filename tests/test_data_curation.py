@@ -73,6 +73,28 @@ def test_kept_rows_are_prompts_and_dropped_rows_say_where_they_stood_and_why(tmp
     assert sorted(os.listdir(tmp_path / "out")) == ["dropped.jsonl", "kept.jsonl", "report.json"]
 
 
+def test_columns_that_are_left_out_are_told_and_a_meta_column_that_no_row_has_is_refused(tmp_path: Path) -> None:
+    rows = [{"q": f"What is {n} + 4?", "a": str(n + 4), "level": n, "deep": {"hint": "add"}} for n in (3, 4, 5)]
+    path = write(tmp_path / "own.jsonl", [*rows[:2], rows[2] | {"late": 1}])
+
+    def curated(*meta: str) -> Report:
+        source = {"path": str(path), "prompt": "q", "answer": "a", "domain": "math", "meta": meta}
+        given = {"output": tmp_path / "out", "workers": 1, "source": [source]}
+        return curate(CurationConfig.model_validate(given), force=True)
+
+    assert curated("late").sources[0].left_out == ["level", "deep"]
+    assert "left out: level, deep (`meta` keeps" in curated("late").table()
+    told = curated("level", "deep.hint", "late")
+    assert (told.sources[0].left_out, "left out" in told.table()) == ([], False)
+    assert [row["meta"] for row in read(tmp_path / "out/kept.jsonl")] == [
+        {"level": 3, "hint": "add"}, {"level": 4, "hint": "add"}, {"level": 5, "hint": "add", "late": 1},
+    ]  # fmt: skip
+    with pytest.raises(
+        ValueError, match="meta names deep.hnt, levle, and no row has .* rows have q, a, level, deep"
+    ):
+        curated("levle", "deep.hnt", "late")
+
+
 def test_parquet_gz_several_files_and_workers_give_the_same(tmp_path: Path) -> None:
     rows = rows_of(*(f"{TEXT} {word}" for word in "abcdefgh")) + rows_of("What is 3+4?", "what is 3 + 4", "Is it?")
     rows[-1]["answer"] = "no"

@@ -441,7 +441,10 @@ def test_a_fault_names_the_key_that_names_the_function(tmp_path: Path) -> None:
         "reward.parts.form.kind": {"parts": {"form": {"kind": missing}, "answer": {"kind": "exact"}}},
         "reward.domains.code": {"domains": {"math": "math", "code": missing}},
     }.items():
-        with pytest.raises(ValueError, match=f"^{re.escape(key)} names the file .*none.py"), Rewards(RewardSection(**section), tmp_path):
+        with (
+            pytest.raises(ValueError, match=f"^{re.escape(key)} names the file .*none.py"),
+            Rewards(RewardSection(**section), tmp_path),
+        ):
             pass
 
 

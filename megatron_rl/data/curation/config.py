@@ -79,6 +79,12 @@ class Layout(Section):
     )
     meta: tuple[str, ...] = Field(default=(), description="columns to keep in `meta`; an object is merged into it")
 
+    @property
+    def columns(self) -> set[str]:
+        """Return every column that is named, by the first part of its path. Tests may be read from others too."""
+        named = (self.prompt, self.answer, self.tests_column, self.domain_column, self.id_column, self.source_column)
+        return {name.partition(".")[0] for name in (*named, self.chat, self.append, *self.options, *self.meta) if name}
+
 
 class Input(Layout):
     """Names files or a Hugging Face dataset. Its layout is the preset's, overridden by the keys that are given here."""

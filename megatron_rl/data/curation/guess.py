@@ -51,9 +51,7 @@ def _score(rows: Rows, layout: Layout) -> tuple[int, int]:
         num_read += 1
         if layout.remove:
             fits += 1 if record.prompt.strip() != _plain_prompt(row, layout) else -1
-    named = {layout.prompt, layout.answer, layout.tests_column, layout.domain_column, layout.id_column, layout.chat}
-    named |= {layout.source_column, layout.append, *layout.options, *layout.meta}
-    columns = {name.partition(".")[0] for name in named if name} & {name for row in rows for name in row}
+    columns = layout.columns & {name for row in rows for name in row}
     # Tests say more than an answer, an answer that stands alone more than one in a solution.
     says = 10 * bool(layout.tests or layout.answer_pattern) + (layout.answer_from == "text")
     return num_read, fits * 100 + len(columns) + says

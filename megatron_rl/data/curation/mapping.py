@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megatron_rl.data.curation.config import Layout
@@ -59,6 +59,20 @@ def to_prompt(row: object, layout: Layout, source: str) -> Prompt:
     )
     _check_encodable(record.id, domain, prompt, answer, record.source, json.dumps(record.meta, ensure_ascii=False))
     return record
+
+
+def has_column(row: object, column: str) -> bool:
+    """Tell whether a row has a column. column: a dotted path."""
+    return _find(row, column) is not _ABSENT
+
+
+def left_out(rows: Iterable[object], layout: Layout) -> list[str]:
+    """List the columns of these rows that a layout does not take, in their order. Layouts of tests, and conversations
+    without `meta`, take what they find."""
+    if layout.tests or (layout.chat and not layout.meta):
+        return []
+    names = dict.fromkeys(name for row in rows if isinstance(row, Mapping) for name in row)
+    return [name for name in names if name not in layout.columns]
 
 
 def to_chat(row: object, layout: Layout) -> Chat:

@@ -3,7 +3,7 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -13,9 +13,10 @@ from megatron_rl.data.curation.config import CurationConfig
 from megatron_rl.data.curation.contamination import build_index
 from megatron_rl.data.curation.difficulty import Difficulty, read_difficulty
 from megatron_rl.data.curation.inspect import Dropped
+from megatron_rl.data.curation.mapping import has_column, left_out
 from megatron_rl.data.curation.output import DROPPED, KEPT, REPORT, whole_output
 from megatron_rl.data.curation.report import Report, SourceCount
-from megatron_rl.data.curation.sources import read_pieces
+from megatron_rl.data.curation.sources import parsed, read_pieces
 from megatron_rl.data.curation.verdicts import Verdicts, check_measured, find_twins, record_reader
 from megatron_rl.data.curation.workers import Task, inspected, peak_rss_bytes
 
@@ -46,6 +47,7 @@ class _Curation:
         self._files: list[str] = []
         self._difficulty: Difficulty | None = None
         self._worker_peak_bytes = 0
+        self._left_out: dict[int, list[str]] = {}
 
     def run(self) -> Report:
         seconds: dict[str, float] = {}
@@ -88,10 +90,21 @@ class _Curation:
 
     def _tasks(self) -> Iterator[Task]:
         for number, source in enumerate(self._config.source):
+            unseen, columns = set(source.meta), dict[str, None]()
             for piece in read_pieces(source):
                 if not self._files or self._files[-1] != piece.file:
                     self._files.append(piece.file)
+                if unseen or not columns:
+                    rows = [row for raw in piece.rows if (row := _row_of(raw)) is not None]
+                    unseen -= {column for column in unseen if any(has_column(row, column) for row in rows)}
+                    self._left_out[number] = left_out(rows, source.layout())
+                    columns |= dict.fromkeys(name for row in rows if isinstance(row, Mapping) for name in row)
                 yield number, len(self._files) - 1, piece
+            if unseen:
+                raise ValueError(
+                    f"{source.name}: meta names {', '.join(sorted(unseen))}, and no row has such a column; rows have "
+                    f"{', '.join(columns)}"
+                )
 
     def _count(self, source: int, dropped: Sequence[Dropped]) -> None:
         self._dropped[source].update(row.reason for row in dropped)
@@ -138,7 +151,12 @@ class _Curation:
 
     def _report(self, seconds: dict[str, float]) -> Report:
         sources = [
-            SourceCount(name=source.name, num_rows=self._num_rows[number], dropped=self._dropped[number])
+            SourceCount(
+                name=source.name,
+                num_rows=self._num_rows[number],
+                dropped=self._dropped[number],
+                left_out=self._left_out[number],
+            )
             for number, source in enumerate(self._config.source)
         ]
         workers = self._config.workers if self._config.workers > 1 else 0
@@ -147,6 +165,14 @@ class _Curation:
             seconds=seconds,
             peak_rss_bytes=peak_rss_bytes() + workers * self._worker_peak_bytes,
         )
+
+
+def _row_of(raw: bytes | dict[str, Any]) -> Any:
+    """Return a row; None for what is no JSON, which is counted where rows are inspected."""
+    try:
+        return parsed(raw)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _with_number(line: bytes, number: int) -> bytes:

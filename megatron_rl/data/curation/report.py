@@ -1,17 +1,19 @@
 """Counts what became of the rows."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceCount:
-    """Counts what became of the rows of a source. dropped: by reason."""
+    """Counts what became of the rows of a source. dropped: by reason. left_out: columns that kept rows do not have."""
 
     name: str
     num_rows: int
     dropped: Counter[str] = field(default_factory=Counter)
+    left_out: Sequence[str] = ()
 
     @property
     def num_kept(self) -> int:
@@ -51,6 +53,10 @@ class Report:
         for source in (*self.sources, *([self.total] if len(self.sources) > 1 else [])):
             lines.append(f"{source.name}: {source.num_kept:,} of {source.num_rows:,} rows kept")
             lines += [f"  {count:>10,}  {reason}" for reason, count in source.dropped.most_common()]
+            if source.left_out:
+                lines.append(
+                    f"  left out: {', '.join(source.left_out)} (`meta` keeps columns for a reward of your own)"
+                )
         lines.append(f"{self.rows_per_second:,.0f} rows/s, peak memory {self.peak_rss_bytes / 1e9:.2f} GB")
         return "\n".join(lines)
 
