@@ -34,6 +34,7 @@ OTHER_FILES: dict[str, type[Section]] = {
 def keys() -> str:
     """Return the page of all configuration keys, a table for each section."""
     lines = [
+        *("---", "search:", "  boost: 10", "---", ""),  # who searches for a key wants this page first
         "# Configuration keys",
         "",
         "This page is made from the code. `megatron-rl keys PATTERN` prints the same on a terminal, and finds a key",
@@ -44,12 +45,12 @@ def keys() -> str:
     for key, commands in all_keys():
         section = key.path.partition(".")[0] if "." in key.path else ""
         sections.setdefault(section, []).append((key, commands))
-    for section, found in sections.items():
+    for section, found in sorted(sections.items(), key=lambda one: one[0] != ""):
         heading = f"## [{section}]" if section else "## Top of a file"
-        lines += ["", heading, "", "| key | type | default | description | files |", "|---|---|---|---|---|"]
+        lines += ["", heading, "", "| key | description | type | default | files |", "|---|---|---|---|---|"]
         lines += [_row(_cells(key), files) for key, files in found]
     for heading, kind in OTHER_FILES.items():
-        lines += ["", f"## {heading}", "", "| key | type | default | description |", "|---|---|---|---|"]
+        lines += ["", f"## {heading}", "", "| key | description | type | default |", "|---|---|---|---|"]
         lines += [_row(_cells(key)) for key in keys_of(kind)]
     return "\n".join(lines) + "\n"
 
@@ -58,7 +59,7 @@ def _cells(key: Key) -> tuple[str, ...]:
     default = "required" if key.default is REQUIRED else f"`{as_text(key.default)}`"
     others = ", ".join(f"`{name}`" for name in names_of(key.path))
     text = key.description + (f". Elsewhere: {others}" if others else "")
-    return f"`{key.path}`", key.type, default, text
+    return f"`{key.path}`", text, key.type, default
 
 
 def _row(cells: tuple[str, ...], files: tuple[str, ...] = ()) -> str:
