@@ -17,6 +17,19 @@ from megatron_rl.parsing import read_json
 INDEX = "model.safetensors.index.json"
 
 
+def model_directory(name: str | Path) -> Path:
+    """Return the directory of a model. ValueError says what to do where there is none."""
+    directory = Path(name)
+    if directory.is_dir():
+        return directory
+    remedy = "fetch one (`hf download ORG/NAME --local-dir DIR`), or make a tiny one with tools/make_tiny_model.py"
+    if directory.name.startswith("step_") and directory.parent.is_dir():
+        steps = sorted(int(one.name[5:]) for one in directory.parent.glob("step_*") if one.name[5:].isdecimal())
+        there = ", ".join(f"step_{step}" for step in steps) or "none"
+        remedy = f"{directory.parent} has {there}; train.keep_last and train.keep_every say which a run keeps"
+    raise ValueError(f"model directory {name} does not exist; {remedy}")
+
+
 def model_files(directory: Path, folder: str = "") -> list[Path]:
     """List the files of a model directory, or of a folder in it, by name. Folders below are not looked at.
 

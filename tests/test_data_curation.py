@@ -89,9 +89,7 @@ def test_columns_that_are_left_out_are_told_and_a_meta_column_that_no_row_has_is
     assert [row["meta"] for row in read(tmp_path / "out/kept.jsonl")] == [
         {"level": 3, "hint": "add"}, {"level": 4, "hint": "add"}, {"level": 5, "hint": "add", "late": 1},
     ]  # fmt: skip
-    with pytest.raises(
-        ValueError, match="meta names deep.hnt, levle, and no row has .* rows have q, a, level, deep"
-    ):
+    with pytest.raises(ValueError, match="meta names deep.hnt, levle, and no row has .* rows have q, a, level, deep"):
         curated("levle", "deep.hnt", "late")
 
 

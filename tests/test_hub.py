@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from tiny_model import write_tiny_model
 
+from megatron_rl.checkpoint.read import resolve
 from megatron_rl.families import load_architecture
 from megatron_rl.hub import local_model
 
@@ -37,6 +38,10 @@ def test_a_configuration_is_enough_where_no_weights_are_asked_for(cache: Path) -
     (cache / "config.json").unlink()
     with pytest.raises(ValueError, match="hub:some/tiny is not in the cache"):
         local_model(Path("hub:some/tiny"), with_weights=False)
+
+
+def test_a_command_that_opens_checkpoints_takes_the_name_too(cache: Path) -> None:
+    assert resolve(Path("hub:some/tiny")) == cache
 
 
 def test_a_folder_stays_what_it_is() -> None:

@@ -71,7 +71,7 @@ def test_a_run_that_learns_is_not_spoken_of() -> None:
         (
             {"uniform_group_share": 1.0, "correct_share": 0.0},
             "(mean reward 0.5)",
-            ["the same number, such as the floor or ceiling of the reward", "too hard"],
+            ["the same number, such as the floor or the ceiling (make the reward finer)", "too hard"],
         ),
         (
             {"uniform_group_share": 1.0, "entropy": 0.004},

@@ -14,6 +14,7 @@ from megatron_rl.checkpoint.hf import HfCheckpoint, has_weights
 from megatron_rl.checkpoint.names import adapter_table, adapters
 from megatron_rl.checkpoint.newest import newest
 from megatron_rl.families import Architecture, load_architecture
+from megatron_rl.hub import local_model
 
 # Shows the progress of a job of so many bytes: what the block gets is told the bytes of every tensor as it passes.
 Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
@@ -112,5 +113,6 @@ def open_checkpoint(path: Path, model: Architecture | None = None) -> Checkpoint
 
 
 def resolve(path: Path) -> Path:
-    """Return the newest checkpoint of a run directory, and any other directory itself."""
+    """Return the newest checkpoint of a run directory, the folder of a `hub:` name, and any other directory itself."""
+    path = local_model(path)
     return newest(path / "checkpoints") or path

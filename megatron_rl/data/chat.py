@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.data.messages import REASONING, Conversation, Message, of_text, with_system
-from megatron_rl.files import model_files
+from megatron_rl.files import model_directory, model_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,11 +38,10 @@ def load_tokenizer(model_dir: str | Path) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
-    if not Path(model_dir).is_dir():
-        raise ValueError(f"model directory {model_dir} does not exist; make one with tools/make_tiny_model.py")
+    directory = model_directory(model_dir)
     for folder in ("", TEMPLATES):
-        if (Path(model_dir) / folder).is_dir():
-            model_files(Path(model_dir), folder)
+        if (directory / folder).is_dir():
+            model_files(directory, folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises whatever a malformed file led to

@@ -18,7 +18,7 @@ from megatron_rl.families.llama import LLAMA
 from megatron_rl.families.qwen2 import QWEN2
 from megatron_rl.families.qwen3 import QWEN3
 from megatron_rl.families.qwen3_moe import QWEN3_MOE
-from megatron_rl.files import model_files
+from megatron_rl.files import model_directory, model_files
 from megatron_rl.parsing import read_json, shown
 
 FAMILIES: Mapping[str, Family] = {
@@ -48,9 +48,7 @@ def load_architecture(model_dir: str | Path) -> Architecture:
     ValueError names the directory, the field and the value, and any file of the directory that leads out of it
     (files.py): whoever uses a model reads this first.
     """
-    directory = Path(model_dir)
-    if not directory.is_dir():
-        raise ValueError(f"model directory {model_dir} does not exist; make one with tools/make_tiny_model.py")
+    directory = model_directory(model_dir)
     found = model_files(directory)
     if directory / _CONFIG not in found:
         run = directory / "checkpoints"

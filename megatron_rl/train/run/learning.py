@@ -72,7 +72,7 @@ def _all_wrong(row: Row) -> Iterator[str]:
     if row.get("too_slow_share", 0.0) > _TRUNCATED_SHARE:
         yield "many programs ran out of their time (reward.code.cpu_seconds, reward.code.seconds)"
     if row["reward"] != 0:
-        yield "all responses to a prompt get the same number, such as the floor or ceiling of the reward (make it finer)"
+        yield "all responses to a prompt get the same number, such as the floor or the ceiling (make the reward finer)"
     yield "reward.kind or reward.domains judge by the wrong rules, or the reference answers are no answers"
     yield "the problems are too hard for the model (choose others by their difficulty: tools/prepare_data.py)"
 
