@@ -1,17 +1,21 @@
 """Every key has a type, a default and a description, and is found by what others call it."""
 
+import argparse
 import re
+from collections.abc import Iterator
 
 import pytest
 from rank_zero import config_of
 
-from megatron_rl.cli import main
+from megatron_rl.cli import command_parser, main
 from megatron_rl.config.kinds import KINDS
 from megatron_rl.config.load import load_config
 from megatron_rl.config.other_names import _NAMES, _NONE, keys_called, names_of
 from megatron_rl.config.reference import keys_of
 from megatron_rl.config.schema import RlConfig, SftConfig
-from megatron_rl.config.show import all_keys
+from megatron_rl.config.show import all_keys, with_names
+from megatron_rl.data.curation.config import CurationConfig
+from megatron_rl.simulation.rates import Rates
 
 
 def test_every_key_of_every_command_has_a_description_and_a_type() -> None:
@@ -19,6 +23,32 @@ def test_every_key_of_every_command_has_a_description_and_a_type() -> None:
     assert len(keys) > 150
     assert [key.path for key in keys if not key.description] == []
     assert [key.path for key in keys if key.type in ("", "value")] == []
+
+
+def test_every_description_is_whole_sentences_with_and_without_the_names_of_others() -> None:
+    descriptions = [(key.path, key.description) for key, _ in all_keys()]
+    descriptions += [(key.path, key.description) for kind in (CurationConfig, Rates) for key in keys_of(kind)]
+    for path, text in descriptions:
+        for told in (text, with_names(text, names_of(path))):
+            assert re.fullmatch(r"[A-Z0-9].*[^.]\.", told), path
+            assert not re.search(r"[.;:,][.;,]|  ", told.replace("...", "_")), path
+
+
+def test_every_help_text_of_a_command_is_whole_sentences() -> None:
+    def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+        yield parser
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for choice in action._choices_actions:
+                    assert re.fullmatch(r"[A-Z].*[^.]\.", choice.help or ""), choice.dest
+                for one in action.choices.values():
+                    yield from parsers(one)
+
+    for parser in parsers(command_parser()):
+        assert re.fullmatch(r"[A-Z].*[^.]\.", parser.description or ""), parser.prog
+        for action in parser._actions:
+            if not isinstance(action, argparse._HelpAction | argparse._SubParsersAction):
+                assert re.fullmatch(r"[A-Z].*[^.]\.", action.help or ""), (parser.prog, action.dest)
 
 
 def test_the_list_has_exactly_what_a_resolved_configuration_has(tmp_path) -> None:
@@ -149,7 +179,9 @@ def test_a_key_of_another_command_is_not_proposed() -> None:
 def test_keys_are_found_by_name_by_anothers_name_and_by_description(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["keys", "learning_rate"]) == 0
     said = capsys.readouterr().out
-    assert "optimizer.learning_rate: number above 0; default 3e-06; train, sft\n    of AdamW" in said
+    assert (
+        "optimizer.learning_rate: number above 0; default 3e-06; train, sft\n    Peak learning rate of AdamW." in said
+    )
     assert "optimizer.min_learning_rate" in said
     assert main(["keys", "num_generations"]) == 0
     assert capsys.readouterr().out.startswith(
