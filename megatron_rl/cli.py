@@ -225,7 +225,7 @@ def _add_checkpoints(commands: Commands) -> None:
     verify = commands.add_parser(
         "compare",
         help="Compare two checkpoints of either kind tensor by tensor. Exit code 1 when they differ.",
-        description="Compare two checkpoints (Hugging Face or Megatron) tensor by tensor. Exit code 1 when they differ.",
+        description="Compare two checkpoints, each Hugging Face or Megatron, by tensor. Exit code 1 when they differ.",
     )
     verify.add_argument("first", type=Path, help="First checkpoint.")
     verify.add_argument("second", type=Path, help="Second checkpoint.")

@@ -132,6 +132,20 @@ MEANT = {
     "rollout.rollout_batch_size": "rollout.prompts_per_step",
     "train.n_gpus_per_node": "cluster.gpus_per_node",
     "train.nnodes": "cluster.nodes",
+    "rollout.custom_generate_function_path": "rollout.agent",
+    "rollout.agent_loop_config_path": "rollout.agent",
+    "algorithm.custom_advantage_function_path": "algorithm.advantage",
+    "algorithm.custom_tis_function_path": "algorithm.correction",
+    "algorithm.custom_loss_function_path": "algorithm.surrogate",
+    "reward.rm_url": "reward.kind",
+    "reward.reward_weights": "reward.parts",
+    "train.opd_teacher_load": "distillation.path",
+    "train.opd_kl_coef": "distillation.coefficient",
+    "rollout.rollout_external_engine_addrs": "rollout.urls",
+    "rollout.enable_rollout_routing_replay": "rollout.router_replay",
+    "train.use_fault_tolerance": "rollout.max_restarts",
+    "rollout.rollout_health_check_timeout": "rollout.silence_seconds",
+    "rollout.vllm_server_timeout": "rollout.ready_deadline_seconds",
 }
 
 
@@ -144,6 +158,10 @@ def test_an_unknown_key_is_told_by_what_it_means(written: str, meant: str, tmp_p
 def test_what_has_no_key_says_why_and_what_is_near_to_nothing_lists_its_section(tmp_path) -> None:
     with pytest.raises(ValueError, match="unknown key rollout.top_p; training samples from the whole distribution"):
         config_of(tmp_path, "rollout.top_p=0.9")
+    with pytest.raises(ValueError, match="unknown key data.prompt_key; columns have fixed names: prompt, answer"):
+        config_of(tmp_path, "data.prompt_key=q")
+    with pytest.raises(ValueError, match="unknown key rollout.max_model_len; the context of servers has room for"):
+        config_of(tmp_path, "rollout.max_model_len=9")
     with pytest.raises(ValueError, match="unknown key moe.zzz; moe has load_balance_coefficient, z_loss_coefficient$"):
         config_of(tmp_path, "moe.zzz=1")
     with pytest.raises(
@@ -154,7 +172,7 @@ def test_what_has_no_key_says_why_and_what_is_near_to_nothing_lists_its_section(
 
 def test_what_is_said_of_names_without_a_key_names_keys_and_commands_that_exist() -> None:
     keys = {key.path for key, _ in all_keys()}
-    sections, commands = {key.partition(".")[0] for key in keys}, {"train", "evaluate"}
+    sections, commands = {key.partition(".")[0] for key in keys}, {"train", "evaluate", "convert"}
     for why in _NONE.values():
         named = set(re.findall(r"(?<![\w./])[a-z_]+\.[a-z_]+\b", why)) - {"metrics.jsonl"}
         assert {one for one in named if one.partition(".")[0] in sections} == named <= keys, why
