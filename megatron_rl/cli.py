@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl import lifeline, versions
-from megatron_rl.errors import EXIT_INTERRUPTED, end_rank, exit_code, interrupt_on_signals, speak_as
+from megatron_rl.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_UNREAD,
+    end_rank,
+    exit_code,
+    flushed,
+    interrupt_on_signals,
+    speak_as,
+)
 from megatron_rl.launch import run_ranks
 from megatron_rl.locales import use_utf8
 from megatron_rl.open_files import raise_open_files
@@ -25,15 +33,20 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code (errors.py). One of several ranks ends its process here."""
     if argv is None:
         use_utf8()
-    arguments = command_parser().parse_args(argv)
+    try:
+        arguments = command_parser().parse_args(argv)
+    except SystemExit as ended:  # --help, --version and mistakes
+        raise SystemExit(flushed(int(ended.code or 0))) from None
+    except BrokenPipeError:  # of what these print
+        return flushed(EXIT_UNREAD)
     configure_logging(sys.stderr if getattr(arguments, "json", False) else sys.stdout)
     quieten_libraries()
-    if arguments.command in _LONG and os.environ.get("RANK", "0") == "0" and not lifeline.is_own_rank():
-        say(f"megatron-rl {arguments.command} {arguments.config}")  # what comes next may take a while
-    lifeline.watch_parent()
-    raise_open_files()
 
     def run() -> int:
+        if arguments.command in _LONG and os.environ.get("RANK", "0") == "0" and not lifeline.is_own_rank():
+            say(f"megatron-rl {arguments.command} {arguments.config}")  # what comes next may take a while
+        lifeline.watch_parent()
+        raise_open_files()
         interrupt_on_signals()
         return int(arguments.run(arguments))
 
