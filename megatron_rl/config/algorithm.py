@@ -55,12 +55,14 @@ class AlgorithmSection(Section):
     entropy_coefficient: float = Field(
         default=5e-4,
         ge=0,
-        description="Coefficient of the entropy bonus: a_ent of Eq. 6. The bonus is subtracted from the loss.",
+        description="Coefficient of the entropy bonus: a_ent in Eq. 6 of the C3PO paper. The bonus is subtracted from "
+        "the loss.",
     )
     kl_coefficient: float = Field(
         default=0.0,
         ge=0,
-        description="Coefficient of the KL penalty against the starting weights: beta of Eq. 2. 0: no penalty.",
+        description="Coefficient of the KL penalty against the starting weights: beta in Eq. 2 of the C3PO paper. 0: "
+        "no penalty.",
     )
     kl_estimator: Literal["k1", "k2", "k3"] = Field(
         default="k3",

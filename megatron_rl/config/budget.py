@@ -13,8 +13,8 @@ class BudgetSection(Section):
     tokens: int = Field(
         default=0,
         ge=0,
-        description="Token budget Phi: the number of response tokens that carry loss in one optimizer step. Required "
-        "for c3po. The other algorithms have no budget.",
+        description="Token budget (Phi in the C3PO paper): the number of response tokens that carry loss in one "
+        "optimizer step. Required for c3po. The other algorithms have no budget.",
     )
     domains: dict[str, Fraction] = Field(
         default={},

@@ -123,8 +123,10 @@ class ModelSection(ServedModelSection):
 
 class MoeSection(Section):
     load_balance_coefficient: float = Field(
-        default=1e-5, ge=0, description="Coefficient of the router's load-balancing loss: a_bal of Eq. 6."
+        default=1e-5,
+        ge=0,
+        description="Coefficient of the router's load-balancing loss: a_bal in Eq. 6 of the C3PO paper.",
     )
     z_loss_coefficient: float = Field(
-        default=1e-7, ge=0, description="Coefficient of the router's z-loss: a_z of Eq. 6."
+        default=1e-7, ge=0, description="Coefficient of the router's z-loss: a_z in Eq. 6 of the C3PO paper."
     )

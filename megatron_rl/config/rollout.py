@@ -142,11 +142,13 @@ class GenerationSection(Section):
 
 class RolloutSection(GenerationSection, AgentKeys):
     prompts_per_step: Positive = Field(
-        description='Number of prompts per rollout phase: L of the paper. With budget.under_full = "refill" it only '
-        "sizes the first phase; then the budget decides. There it may be left out: then it is as many as fill the "
-        "budget with responses of half the maximum length."
+        description='Number of prompts per rollout phase: L in the C3PO paper. With budget.under_full = "refill" it '
+        "only sizes the first phase; then the budget decides. There it may be left out: then it is as many as fill "
+        "the budget with responses of half the maximum length."
     )
-    samples_per_prompt: Positive = Field(description="Number of responses per prompt, the group size: K of the paper.")
+    samples_per_prompt: Positive = Field(
+        description="Number of responses per prompt, the group size: K in the C3PO paper."
+    )
     router_replay: bool = Field(
         default=False,
         description="Trains with the experts that the server chose (R3), so that sampler and trainer route alike. "

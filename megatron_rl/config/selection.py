@@ -40,7 +40,7 @@ class SelectConfig(RolloutPhase):
     band: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] = Field(
         default=(0.3, 0.5),
         description="Lowest and highest token entropy of an acceptable candidate, in nats per token. The default is "
-        "the paper's.",
+        "that of the C3PO paper.",
     )
     prefer: Literal["lowest", "highest", "accuracy", "validation_loss"] = Field(
         default="lowest",
