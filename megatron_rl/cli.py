@@ -10,13 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl import lifeline, versions
-from megatron_rl.errors import EXIT_INTERRUPTED, end_rank, exit_code, interrupt_on_signals, speak_as
+from megatron_rl.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_UNREAD,
+    end_rank,
+    exit_code,
+    flushed,
+    interrupt_on_signals,
+    speak_as,
+)
 from megatron_rl.launch import run_ranks
 from megatron_rl.locales import use_utf8
 from megatron_rl.open_files import raise_open_files
 from megatron_rl.place import has_rank, own_place, remedy
 from megatron_rl.terminal import configure_logging, say
 
+_SET = "Override a configuration key. May be given several times."
 _LONG = ("train", "sft", "evaluate", "rollout", "select", "serve")
 
 
@@ -24,15 +33,20 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code (errors.py). One of several ranks ends its process here."""
     if argv is None:
         use_utf8()
-    arguments = command_parser().parse_args(argv)
+    try:
+        arguments = command_parser().parse_args(argv)
+    except SystemExit as ended:  # --help, --version and mistakes
+        raise SystemExit(flushed(int(ended.code or 0))) from None
+    except BrokenPipeError:  # of what these print
+        return flushed(EXIT_UNREAD)
     configure_logging(sys.stderr if getattr(arguments, "json", False) else sys.stdout)
     quieten_libraries()
-    if arguments.command in _LONG and os.environ.get("RANK", "0") == "0" and not lifeline.is_own_rank():
-        say(f"megatron-rl {arguments.command} {arguments.config}")  # what comes next may take a while
-    lifeline.watch_parent()
-    raise_open_files()
 
     def run() -> int:
+        if arguments.command in _LONG and os.environ.get("RANK", "0") == "0" and not lifeline.is_own_rank():
+            say(f"megatron-rl {arguments.command} {arguments.config}")  # what comes next may take a while
+        lifeline.watch_parent()
+        raise_open_files()
         interrupt_on_signals()
         return int(arguments.run(arguments))
 
@@ -65,23 +79,36 @@ Commands = Any  # argparse has no public name for it
 
 def command_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands. tools/docs_reference.py reads the reference from it."""
-    parser = argparse.ArgumentParser(prog="megatron-rl", description="C3PO reinforcement learning for Ling-lite")
+    parser = argparse.ArgumentParser(
+        prog="megatron-rl", description="Reinforcement learning of language models with C3PO on megatron-core."
+    )
     parser.add_argument(
-        "--version", action=_Version, nargs=0, help="versions of this package, torch, megatron-core, sglang"
+        "--version",
+        action=_Version,
+        nargs=0,
+        help="Print the versions of this package, torch, megatron-core and sglang.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, run, text in (
-        ("train", _train, "reinforcement learning: rollout and train phases under a token budget"),
-        ("sft", _sft, "supervised fine-tuning over packed chats"),
-        ("evaluate", _evaluate, "avg@k, pass@k and maj@k of a model directory on benchmarks"),
-        ("rollout", _rollout, "sample and score prompts, and write the responses: the rollout phase alone"),
-        ("select", _select, "choose one of several model directories by the token entropy of its policy"),
-        ("serve", _serve, "generation servers for a training run on other machines, until SIGTERM"),
-        ("plan", _plan, "layout, budget, memory per GPU and how to start a run, from the configuration alone"),
+        ("train", _train, "Reinforcement learning: rollout and train phases under a token budget."),
+        ("sft", _sft, "Supervised fine-tuning (SFT) on packed chats."),
+        ("evaluate", _evaluate, "Evaluate a model on benchmarks: avg@k, pass@k and maj@k."),
+        (
+            "rollout",
+            _rollout,
+            "Run the rollout phase alone: sample responses to prompts, score them and write them to a file.",
+        ),
+        ("select", _select, "Choose one of several models by the token entropy of its policy."),
+        ("serve", _serve, "Run generation servers for a training run on other machines, until SIGTERM."),
+        (
+            "plan",
+            _plan,
+            "Show the layout, token budget, memory per GPU and start command of a configuration, without a GPU.",
+        ),
     ):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("config", type=Path, help="TOML file")
-        command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
+        command.add_argument("config", type=Path, help="Configuration file (TOML).")
+        command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=_SET)
         command.set_defaults(run=run)
         _add_options(name, command)
     _add_checkpoints(commands)
@@ -93,114 +120,176 @@ def command_parser() -> argparse.ArgumentParser:
 def _add_options(name: str, command: argparse.ArgumentParser) -> None:
     """Add the options of a command that takes a configuration file."""
     if name in ("evaluate", "rollout"):
-        command.add_argument("--model", type=Path, help="as model.path, which it replaces")
+        command.add_argument("--model", type=Path, help="Model to use instead of model.path.")
     if name == "evaluate":
-        command.add_argument("--output", type=Path, required=True, help="folder for responses and results")
-        command.add_argument("--benchmark", nargs="+", default=[], metavar="NAME", help="only these; default: all")
-        command.add_argument("--resume", action="store_true", help="go on with what is in the folder")
+        command.add_argument("--output", type=Path, required=True, help="Folder for responses and results.")
+        command.add_argument(
+            "--benchmark", nargs="+", default=[], metavar="NAME", help="Benchmarks to evaluate. Default: all."
+        )
+        command.add_argument("--resume", action="store_true", help="Continue an evaluation in the output folder.")
     elif name == "rollout":
-        command.add_argument("--prompts", type=int, help="how many, default rollout.prompts_per_step")
-        command.add_argument("--output", type=Path, help="default: rollouts.jsonl in the run directory")
-        command.add_argument("--resume", action="store_true", help="go on with an output that a kill cut short")
+        command.add_argument("--prompts", type=int, help="Number of prompts. Default: rollout.prompts_per_step.")
+        command.add_argument("--output", type=Path, help="File for the responses. Default: rollouts.jsonl in run_dir.")
+        command.add_argument("--resume", action="store_true", help="Continue an output file of an interrupted run.")
     elif name == "select":
-        command.add_argument("--resume", action="store_true", help="go on with what is in the run directory")
+        command.add_argument("--resume", action="store_true", help="Continue a selection in run_dir.")
     elif name == "serve":
         command.add_argument(
-            "--register", type=Path, required=True, metavar="DIR", help="where train --servers DIR finds them"
+            "--register",
+            type=Path,
+            required=True,
+            metavar="DIR",
+            help="Shared folder in which the servers register. `train --servers DIR` reads it.",
         )
-        command.add_argument("--of", type=int, default=1, metavar="N", help="processes that register there in all")
+        command.add_argument(
+            "--of",
+            type=int,
+            default=1,
+            metavar="N",
+            help="Number of `serve` processes that register in this folder in all. Default: 1.",
+        )
     elif name == "plan":
         _add_plan(command)
     else:
-        command.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
-        command.add_argument("--nproc", type=int, metavar="N", help="start this many ranks on this machine")
+        command.add_argument("--resume", action="store_true", help="Continue from the last checkpoint in run_dir.")
+        command.add_argument(
+            "--nproc", type=int, metavar="N", help="Number of training ranks to start on this machine. Default: 1."
+        )
     if name == "train":
         command.add_argument(
-            "--rollouts", type=Path, help="train from this file of megatron-rl rollout, without any server"
+            "--rollouts",
+            type=Path,
+            help="Train on the responses in this file of `megatron-rl rollout`, without servers.",
         )
         command.add_argument(
-            "--servers", type=Path, metavar="DIR", help="wait for those that megatron-rl serve registers in DIR"
+            "--servers",
+            type=Path,
+            metavar="DIR",
+            help="Use the servers that `megatron-rl serve` registers in DIR, and wait for them.",
         )
 
 
 def _add_plan(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--nodes", type=int, metavar="N", help="default of this and the next: cluster, or 1")
-    command.add_argument("--gpus-per-node", type=int, metavar="N", help="training ranks of a node; else 8")
-    command.add_argument("--serving-nodes", type=int, metavar="N", help="of the nodes; 0: all do both")
+    command.add_argument("--nodes", type=int, metavar="N", help="Number of machines. Default: cluster.nodes, else 1.")
     command.add_argument(
-        "--gpu-memory-gb", type=float, metavar="GB", help="of 2^30 bytes; 0 asks for no verdict; else 80"
+        "--gpus-per-node",
+        type=int,
+        metavar="N",
+        help="Number of GPUs of one machine. Default: cluster.gpus_per_node, else 8.",
     )
-    command.add_argument("--rates", type=Path, metavar="FILE", help="for the time of a step; docs/simulator.md")
     command.add_argument(
-        "--suggest", action="store_true", help="search the fastest layout that fits, with the keys to set"
+        "--serving-nodes",
+        type=int,
+        metavar="N",
+        help="Number of these machines that only run generation servers. 0: every machine trains and serves. Default: "
+        "cluster.serving_nodes, or 0 where that is not set or --nodes is given.",
     )
-    command.add_argument("--json", action="store_true")
+    command.add_argument(
+        "--gpu-memory-gb",
+        type=float,
+        metavar="GB",
+        help="Memory of one GPU, in GiB (2^30 bytes). 0: no comparison. Default: cluster.gpu_memory_gb, else 80.",
+    )
+    command.add_argument(
+        "--rates",
+        type=Path,
+        metavar="FILE",
+        help="File of rates (docs/simulator.md) to predict the time of a step. Default: cluster.rates.",
+    )
+    command.add_argument(
+        "--suggest", action="store_true", help="Search the fastest layouts that fit, and show the keys to set."
+    )
+    command.add_argument("--json", action="store_true", help="Print the plan as JSON.")
 
 
 def _add_checkpoints(commands: Commands) -> None:
     convert = commands.add_parser(
         "convert",
-        help="Hugging Face directory <-> Megatron checkpoint",
+        help="Convert between a Hugging Face directory and a Megatron checkpoint.",
         description="Convert a Hugging Face directory to a Megatron distributed checkpoint that the trainer opens in "
-        "any parallel layout, or such a checkpoint, a run's step_N or a run (its newest) to a Hugging Face directory, "
-        "with adapters merged; or the adapters of such a one to a directory for peft.",
+        "any parallel layout. Or convert such a checkpoint, a step_N of a run, or a run (its newest step) to a Hugging "
+        "Face directory, with LoRA adapters merged. Or convert its adapters to a directory for peft.",
     )
-    convert.add_argument("source", type=Path)
-    convert.add_argument("destination", type=Path, help="a new directory")
-    convert.add_argument("--to", choices=("megatron", "hf", "peft"), required=True, help="the kind of the destination")
-    convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of each tensor")
-    convert.add_argument("--max-shard-size", default="5GB", help="of one file: bytes, or a number of MB or GB")
-    convert.add_argument("--dry-run", action="store_true", help="print what would be done; write nothing")
+    convert.add_argument(
+        "source", type=Path, help="Hugging Face directory, Megatron checkpoint, step_N or run directory."
+    )
+    convert.add_argument("destination", type=Path, help="New directory for the result.")
+    convert.add_argument("--to", choices=("megatron", "hf", "peft"), required=True, help="Format of the destination.")
+    convert.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="Data type of the result. Default: that of each tensor.",
+    )
+    convert.add_argument(
+        "--max-shard-size", default="5GB", help="Maximum size of one file, in bytes, MB or GB. Default: 5GB."
+    )
+    convert.add_argument("--dry-run", action="store_true", help="Print what would be done, and write nothing.")
     convert.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
-        help="read the result back and compare checksums; default: when the destination is a Hugging Face directory",
+        help="Read the result back and compare checksums. Default: yes for a Hugging Face directory, else no.",
     )
     convert.add_argument(
         "--fold-norm-head",
         action="store_true",
-        help="write the LM head divided by its norm, and norm_head = false, for runtimes that do not normalise",
+        help="Write the LM head divided by its norm, and norm_head = false, for runtimes that do not normalise it.",
     )
     convert.set_defaults(run=_convert)
     verify = commands.add_parser(
-        "compare", help="two checkpoints of either kind, tensor by tensor; exit code 1 when they differ"
+        "compare",
+        help="Compare two checkpoints of either kind tensor by tensor. Exit code 1 when they differ.",
+        description="Compare two checkpoints, each Hugging Face or Megatron, by tensor. Exit code 1 when they differ.",
     )
-    verify.add_argument("first", type=Path)
-    verify.add_argument("second", type=Path)
-    verify.add_argument("--tolerance", type=float, default=0.0, help="largest absolute difference that counts as none")
-    verify.add_argument("--text", help="compare the log-probs of this text under both models too, in fp32")
+    verify.add_argument("first", type=Path, help="First checkpoint.")
+    verify.add_argument("second", type=Path, help="Second checkpoint.")
+    verify.add_argument(
+        "--tolerance", type=float, default=0.0, help="Largest absolute difference of equal values. Default: 0."
+    )
+    verify.add_argument("--text", help="Also compare the log-probs of this text under both models, in float32.")
     verify.set_defaults(run=_compare)
 
 
 def _add_reports(commands: Commands) -> None:
     report = commands.add_parser(
         "report",
-        help="curves and responses of runs as one HTML page",
-        description="One HTML page of one or several runs, for a browser without a network: what ran, curves, "
-        "comparison over seeds, stages one after the other, and responses token by token. docs/report.md describes it.",
+        help="Write one HTML page with curves and responses of runs.",
+        description="Write one HTML page of one or several runs, which a browser shows without a network: "
+        "configuration, curves, comparison over seeds, stages in their order, and responses by token (docs/report.md).",
     )
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory of train or sft")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="Run directory of train or sft.")
     report.add_argument(
-        "--output", type=Path, metavar="FILE", help="default: report.html in the run, of several in this folder"
-    )
-    report.add_argument(
-        "--steps-shown", type=int, metavar="N", help="whose responses are in the page; default 20, of many runs fewer"
-    )
-    report.add_argument(
-        "--evaluation", type=Path, nargs="+", default=[], metavar="DIR", help="outputs of evaluate, for the accuracy"
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="File of the page. Default: report.html in the run directory; for several runs in this folder.",
     )
     report.add_argument(
-        "--follow", action="store_true", help="serve the page on this machine alone, renewed after each step"
+        "--steps-shown",
+        type=int,
+        metavar="N",
+        help="Number of steps whose responses are in the page. 0: none. Default: 20, or fewer with many runs.",
     )
-    report.add_argument("--port", type=int, default=0, metavar="N", help="of --follow; default: any that is free")
+    report.add_argument(
+        "--evaluation",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="Output folders of `evaluate`, to show accuracy.",
+    )
+    report.add_argument(
+        "--follow", action="store_true", help="Serve the page on this machine only, and update it after each step."
+    )
+    report.add_argument("--port", type=int, default=0, metavar="N", help="Port for --follow. Default: a free port.")
     report.set_defaults(run=_report)
     status = commands.add_parser(
         "status",
-        help="where runs are: state, step, time left, last metrics and alarms",
-        description="Say where runs are, from their files alone: while they run, when they have ended, after a kill.",
+        help="Show state, step, time left, last metrics and alarms of runs.",
+        description="Show state, step, time left, last metrics and alarms of runs, from their files alone: "
+        "while they run, after they have ended, or after a kill.",
     )
-    status.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory of train or sft")
-    status.add_argument("--json", action="store_true")
+    status.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="Run directory of train or sft.")
+    status.add_argument("--json", action="store_true", help="Print the state as JSON.")
     status.set_defaults(run=_status)
 
 
@@ -208,33 +297,51 @@ def _add_looks(commands: Commands) -> None:
     """Add the commands that look at something before a run: data, a configuration, the keys."""
     inspect = commands.add_parser(
         "inspect",
-        help="how the rows of a data file can be read, and the mapping for tools/prepare_data.py",
+        help="Guess the layout of a data file, and write the mapping for tools/prepare_data.py.",
         description="Guess the layout of a file (.jsonl, .jsonl.gz, .json, .parquet, .csv), show three rows as they "
         "would be read and what would be dropped and why, and write the mapping. docs/data.md has layouts and reasons.",
     )
-    inspect.add_argument("file", help="or a glob of files of one layout")
-    inspect.add_argument("--preset", default="", metavar="NAME", help="read the file by this layout; default: a guess")
-    inspect.add_argument("--output", type=Path, metavar="TOML", help="default: FILE.curation.toml in this folder")
+    inspect.add_argument("file", help="Data file, or a glob of files of one layout.")
+    inspect.add_argument(
+        "--preset",
+        default="",
+        metavar="NAME",
+        help="Known layout to read the file by (docs/data.md). Default: a guess.",
+    )
+    inspect.add_argument(
+        "--output", type=Path, metavar="TOML", help="File for the mapping. Default: FILE.curation.toml in this folder."
+    )
     inspect.set_defaults(run=_inspect)
     check = commands.add_parser(
         "check",
-        help="all that can be known of a start beforehand, with remedies; exit code 2 where something is wrong",
+        help="Check a configuration before a start, with remedies. Exit code 2 where something is wrong.",
         description="Check a configuration file of any kind: files, rows and their lengths, layout, memory, ports, "
-        "disk, limits, versions, the reward on a row, servers. What is of another machine than this is not looked at.",
+        "disk, limits, versions, the reward on a row, servers. What is on other machines is not checked.",
     )
-    check.add_argument("config", type=Path, help="TOML file")
-    check.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
-    check.add_argument("--nproc", type=int, metavar="N", help="training ranks on this machine; else as [cluster] says")
-    check.add_argument("--resume", action="store_true", help="of a start that continues what run_dir holds")
-    check.add_argument("--json", action="store_true")
+    check.add_argument("config", type=Path, help="Configuration file (TOML).")
+    check.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=_SET)
+    check.add_argument(
+        "--nproc",
+        type=int,
+        metavar="N",
+        help="Number of training ranks on this machine. Default: those of [cluster], else 1.",
+    )
+    check.add_argument("--resume", action="store_true", help="Check a start with --resume.")
+    check.add_argument("--json", action="store_true", help="Print the results as JSON.")
     check.set_defaults(run=_check)
     keys = commands.add_parser(
         "keys",
-        help="every key of the configuration files, with type, default and description",
-        description="Print the keys whose name matches PATTERN (a part of it, or a regular expression), here or in "
-        "TRL, slime, verl and prime-rl; else those whose description does.",
+        help="Print the keys of configuration files, with type, default and description.",
+        description="Print the configuration keys whose name has PATTERN in it, or whose name in TRL, slime, verl, "
+        "prime-rl or another trainer is PATTERN. If there is none, print those whose description has it.",
     )
-    keys.add_argument("pattern", nargs="?", default="", metavar="PATTERN")
+    keys.add_argument(
+        "pattern",
+        nargs="?",
+        default="",
+        metavar="PATTERN",
+        help="Part of a name, or a regular expression. Default: all keys.",
+    )
     keys.set_defaults(run=_keys)
 
 

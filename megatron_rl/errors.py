@@ -9,21 +9,24 @@ Mistakes of a user are plain ValueErrors.
 | 2 | EXIT_MISTAKE | a mistake of the user's, named in the message |
 | 75 | EXIT_STOPPED | SIGINT, SIGTERM or SIGUSR1 stopped it, and --resume goes on from what is on the disk |
 | 130 | EXIT_INTERRUPTED | one of these came before there was anything to go on from, or a second one ended it at once |
+| 141 | EXIT_UNREAD | nobody reads the output any more, as behind `| head`; no message says so |
 """
 
 import errno
 import os
+import select
 import signal
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 EXIT_DONE = 0
 EXIT_FAULT = 1
 EXIT_MISTAKE = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL
 EXIT_INTERRUPTED = 130  # what a shell says of SIGINT
+EXIT_UNREAD = 141  # what a shell says of SIGPIPE
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is Slurm's word that the time is nearly up
 
@@ -59,9 +62,46 @@ def speak_as(rank: int) -> None:
 
 def exit_code(program: str, run: Callable[[], int]) -> int:
     """Return the exit code of `run`. When it raises, print a message under the program's name and return the code of
-    the table above."""
+    the table above. What was printed is flushed."""
     try:
-        return run()
+        code = _exit_code(program, run)
+    except BrokenPipeError:
+        code = EXIT_UNREAD
+    return flushed(code)
+
+
+def flushed(code: int) -> int:
+    """Flush stdout and stderr before this process ends with `code`, and return the code to end with. What cannot be
+    written any more is dropped: else the interpreter tries it once more at its exit, and says that it failed."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            code = code or (EXIT_UNREAD if isinstance(error, BrokenPipeError) else EXIT_FAULT)
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+            stream.flush()
+    return code
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Tell whether a stream is a pipe or socket whose reader is gone."""
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError):  # it is none of the process's own
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _exit_code(program: str, run: Callable[[], int]) -> int:
+    """Do as `exit_code`. Raise BrokenPipeError where nobody reads stdout or stderr any more."""
+    try:
+        code = run()
+        sys.stdout.flush()  # on a full disk that fails
+        return code
     except (ValueError, Fault) as error:
         # Rank 0 tells an error that all ranks raise; a rank tells its own.
         if _rank == 0 or type(error) is Fault:
@@ -74,6 +114,8 @@ def exit_code(program: str, run: Callable[[], int]) -> int:
             sys.stderr.write(f"{program}: {str(error) or 'interrupted'}\n")
         return EXIT_INTERRUPTED
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and (_is_unread(sys.stdout) or _is_unread(sys.stderr)):
+            raise
         if isinstance(error, OSError) and error.errno in _DISK:
             sys.stderr.write(f"{program}: {error}\n")
         else:  # a bug

@@ -25,13 +25,21 @@ def say(text: str) -> None:
 def configure_logging(stream: TextIO) -> None:
     """Send log lines of what goes well to a stream as they are, and warnings and errors to stderr with a word before
     them. This package logs from the level of MEGATRON_RL_LOG on, others log warnings alone."""
-    normal, wrong = logging.StreamHandler(stream), logging.StreamHandler(sys.stderr)
+    normal, wrong = _Lines(stream), _Lines(sys.stderr)
     normal.addFilter(lambda record: record.levelno < logging.WARNING)
     wrong.setLevel(logging.WARNING)
     wrong.setFormatter(_Warning())
     logging.basicConfig(level=logging.WARNING, handlers=[normal, wrong], format="%(message)s")
     level = os.environ.get("MEGATRON_RL_LOG", "INFO").upper()
     logging.getLogger("megatron_rl").setLevel(level if level in logging.getLevelNamesMapping() else logging.INFO)
+
+
+class _Lines(logging.StreamHandler[TextIO]):
+    """Drops lines that nobody reads any more; logging itself prints a stack trace for each."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], BrokenPipeError):
+            super().handleError(record)
 
 
 class _Warning(logging.Formatter):

@@ -1,17 +1,21 @@
 """Tests that every key has a type, a default and a description, and is found by its names in other programs."""
 
+import argparse
 import re
+from collections.abc import Iterator
 
 import pytest
 from rank_zero import config_of
 
-from megatron_rl.cli import main
+from megatron_rl.cli import command_parser, main
 from megatron_rl.config.kinds import KINDS
 from megatron_rl.config.load import load_config
 from megatron_rl.config.other_names import _NAMES, _NONE, keys_called, names_of
 from megatron_rl.config.reference import keys_of
 from megatron_rl.config.schema import RlConfig, SftConfig
-from megatron_rl.config.show import all_keys
+from megatron_rl.config.show import all_keys, with_names
+from megatron_rl.data.curation.config import CurationConfig
+from megatron_rl.simulation.rates import Rates
 
 
 def test_every_key_of_every_command_has_a_description_and_a_type() -> None:
@@ -19,6 +23,32 @@ def test_every_key_of_every_command_has_a_description_and_a_type() -> None:
     assert len(keys) > 150
     assert [key.path for key in keys if not key.description] == []
     assert [key.path for key in keys if key.type in ("", "value")] == []
+
+
+def test_every_description_is_whole_sentences_with_and_without_the_names_of_others() -> None:
+    descriptions = [(key.path, key.description) for key, _ in all_keys()]
+    descriptions += [(key.path, key.description) for kind in (CurationConfig, Rates) for key in keys_of(kind)]
+    for path, text in descriptions:
+        for told in (text, with_names(text, names_of(path))):
+            assert re.fullmatch(r"[A-Z0-9].*[^.]\.", told), path
+            assert not re.search(r"[.;:,][.;,]|  ", told.replace("...", "_")), path
+
+
+def test_every_help_text_of_a_command_is_whole_sentences() -> None:
+    def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+        yield parser
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for choice in action._choices_actions:
+                    assert re.fullmatch(r"[A-Z].*[^.]\.", choice.help or ""), choice.dest
+                for one in action.choices.values():
+                    yield from parsers(one)
+
+    for parser in parsers(command_parser()):
+        assert re.fullmatch(r"[A-Z].*[^.]\.", parser.description or ""), parser.prog
+        for action in parser._actions:
+            if not isinstance(action, argparse._HelpAction | argparse._SubParsersAction):
+                assert re.fullmatch(r"[A-Z].*[^.]\.", action.help or ""), (parser.prog, action.dest)
 
 
 def test_the_list_has_exactly_what_a_resolved_configuration_has(tmp_path) -> None:
@@ -102,6 +132,20 @@ MEANT = {
     "rollout.rollout_batch_size": "rollout.prompts_per_step",
     "train.n_gpus_per_node": "cluster.gpus_per_node",
     "train.nnodes": "cluster.nodes",
+    "rollout.custom_generate_function_path": "rollout.agent",
+    "rollout.agent_loop_config_path": "rollout.agent",
+    "algorithm.custom_advantage_function_path": "algorithm.advantage",
+    "algorithm.custom_tis_function_path": "algorithm.correction",
+    "algorithm.custom_loss_function_path": "algorithm.surrogate",
+    "reward.rm_url": "reward.kind",
+    "reward.reward_weights": "reward.parts",
+    "train.opd_teacher_load": "distillation.path",
+    "train.opd_kl_coef": "distillation.coefficient",
+    "rollout.rollout_external_engine_addrs": "rollout.urls",
+    "rollout.enable_rollout_routing_replay": "rollout.router_replay",
+    "train.use_fault_tolerance": "rollout.max_restarts",
+    "rollout.rollout_health_check_timeout": "rollout.silence_seconds",
+    "rollout.vllm_server_timeout": "rollout.ready_deadline_seconds",
 }
 
 
@@ -114,6 +158,10 @@ def test_an_unknown_key_is_told_by_what_it_means(written: str, meant: str, tmp_p
 def test_what_has_no_key_says_why_and_what_is_near_to_nothing_lists_its_section(tmp_path) -> None:
     with pytest.raises(ValueError, match="unknown key rollout.top_p; training samples from the whole distribution"):
         config_of(tmp_path, "rollout.top_p=0.9")
+    with pytest.raises(ValueError, match="unknown key data.prompt_key; columns have fixed names: prompt, answer"):
+        config_of(tmp_path, "data.prompt_key=q")
+    with pytest.raises(ValueError, match="unknown key rollout.max_model_len; the context of servers has room for"):
+        config_of(tmp_path, "rollout.max_model_len=9")
     with pytest.raises(ValueError, match="unknown key moe.zzz; moe has load_balance_coefficient, z_loss_coefficient$"):
         config_of(tmp_path, "moe.zzz=1")
     with pytest.raises(
@@ -124,7 +172,7 @@ def test_what_has_no_key_says_why_and_what_is_near_to_nothing_lists_its_section(
 
 def test_what_is_said_of_names_without_a_key_names_keys_and_commands_that_exist() -> None:
     keys = {key.path for key, _ in all_keys()}
-    sections, commands = {key.partition(".")[0] for key in keys}, {"train", "evaluate"}
+    sections, commands = {key.partition(".")[0] for key in keys}, {"train", "evaluate", "convert"}
     for why in _NONE.values():
         named = set(re.findall(r"(?<![\w./])[a-z_]+\.[a-z_]+\b", why)) - {"metrics.jsonl"}
         assert {one for one in named if one.partition(".")[0] in sections} == named <= keys, why
@@ -149,7 +197,9 @@ def test_a_key_of_another_command_is_not_proposed() -> None:
 def test_keys_are_found_by_name_by_anothers_name_and_by_description(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["keys", "learning_rate"]) == 0
     said = capsys.readouterr().out
-    assert "optimizer.learning_rate: number above 0; default 3e-06; train, sft\n    of AdamW" in said
+    assert (
+        "optimizer.learning_rate: number above 0; default 3e-06; train, sft\n    Peak learning rate of AdamW." in said
+    )
     assert "optimizer.min_learning_rate" in said
     assert main(["keys", "num_generations"]) == 0
     assert capsys.readouterr().out.startswith(

@@ -61,7 +61,7 @@ def test_the_reference_has_every_key_command_and_check() -> None:
     assert all(f"## {name}\n" in commands for name in ("train", "sft", "rollout", "evaluate", "select", "plan", "keys"))
     assert "--resume" in commands
     assert all(f"| `{name}` |" in codes for name in (*CHECKS, *THOROUGH))
-    assert all(f"| {code} | EXIT_" in codes for code in (0, 1, 2, 75, 130))
+    assert all(f"| {code} | EXIT_" in codes for code in (0, 1, 2, 75, 130, 141))
 
 
 def test_no_cell_of_the_reference_ends_its_table() -> None:

@@ -1,5 +1,6 @@
 """Tests the terminal output: short lines on stdout, warnings on stderr, one line at an interruption."""
 
+import errno
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ from tiny_model import TINY_CONFIG
 
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.lora import LoraSection
-from megatron_rl.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED, StopRequested, exit_code
+from megatron_rl.errors import EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, EXIT_STOPPED, StopRequested, exit_code
 from megatron_rl.families import Architecture, architecture_of
 from megatron_rl.place import Place
 from megatron_rl.terminal import COLUMNS, Eta, fitted, table
@@ -91,6 +92,49 @@ def test_an_interruption_is_one_line(error: BaseException, said: str, capsys: py
 
     assert exit_code("megatron-rl convert", run) == EXIT_INTERRUPTED
     assert capsys.readouterr().err == f"megatron-rl convert: {said}\n"
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("words", [["keys"], ["keys", "no_such_key"], ["--help"], ["--version"], ["train", "a.toml"]])
+def test_a_reader_that_is_gone_costs_no_stack_trace(words: list[str], buffered: bool) -> None:
+    environment = os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"}
+    command = [sys.executable, "-c", "import sys; from megatron_rl.cli import main; sys.exit(main())", *words]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writing)
+    expected = {"no_such_key": (2,), "--help": (0, 141)}.get(words[-1], (141,))  # argparse drops a help nobody reads
+    assert done.returncode in expected
+    assert done.stderr.count("\n") <= 1 and "Error" not in done.stderr
+
+
+def test_a_broken_pipe_to_something_else_than_a_reader_is_a_bug(capsys: pytest.CaptureFixture[str]) -> None:
+    def run() -> int:
+        raise BrokenPipeError(errno.EPIPE, "to a worker")
+
+    assert exit_code("megatron-rl convert", run) == EXIT_FAULT
+    assert "to a worker" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
+def test_output_for_a_full_disk_is_one_line() -> None:
+    command = [sys.executable, "-c", "import sys; from megatron_rl.cli import main; sys.exit(main())", "keys", "seed"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "megatron-rl keys: [Errno 28] No space left on device\n")
+
+
+def test_log_lines_that_nobody_reads_cost_no_stack_trace() -> None:
+    script = (
+        "import logging, sys\nfrom megatron_rl.errors import exit_code\nfrom megatron_rl.terminal import "
+        "configure_logging\nconfigure_logging(sys.stdout)\n"
+        "run = lambda: logging.getLogger('megatron_rl.x').info('line') or 0\nsys.exit(exit_code('x', run))\n"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-c", script], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert done.returncode in (0, 141) and done.stderr == ""
 
 
 def test_what_goes_well_is_on_stdout_and_warnings_are_on_stderr() -> None:

@@ -16,7 +16,7 @@ from megatron_rl.config.kinds import KINDS
 from megatron_rl.config.other_names import names_of
 from megatron_rl.config.reference import REQUIRED, Key, keys_of
 from megatron_rl.config.section import Section
-from megatron_rl.config.show import all_keys, as_text
+from megatron_rl.config.show import all_keys, as_text, with_names
 from megatron_rl.data.curation.config import CurationConfig
 from megatron_rl.preflight import checks, thorough  # noqa: F401  (they register what is checked)
 from megatron_rl.preflight.registry import CHECKS, THOROUGH, Check
@@ -57,8 +57,7 @@ def keys() -> str:
 
 def _cells(key: Key) -> tuple[str, ...]:
     default = "required" if key.default is REQUIRED else f"`{as_text(key.default)}`"
-    others = ", ".join(f"`{name}`" for name in names_of(key.path))
-    text = key.description + (f". Elsewhere: {others}" if others else "")
+    text = with_names(key.description, [f"`{name}`" for name in names_of(key.path)])
     return f"`{key.path}`", text, key.type, default
 
 

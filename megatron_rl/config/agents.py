@@ -27,30 +27,35 @@ class AgentKeys(Section):
 
     agent: Annotated[str, among(("",))] = Field(
         default="",
-        description='"file.py:function" or "package.module:function", an `async def run(task, model)` of your own that '
-        "asks the policy as often as it likes, and returns a score, or None for the reward to judge the last message",
+        description='Agent function of your own, `async def run(task, model)`, as "file.py:function" or '
+        '"package.module:function" (docs/agents.md). It may ask the policy any number of times. It returns a score, '
+        'or None: then the reward judges the last message. "": no agent function.',
     )
     agent_command: Annotated[tuple[str, ...], AfterValidator(_beside)] = Field(
         default=(),
-        description='in its place a program, such as ["python", "agent.py"], that finds the policy by OPENAI_BASE_URL '
-        "and OPENAI_API_KEY; files are looked for beside the configuration",
+        description='Agent program, instead of agent, such as ["python", "agent.py"]. It finds the policy by '
+        "OPENAI_BASE_URL and OPENAI_API_KEY. Files are looked for beside the configuration.",
     )
     history: Literal["as_sampled", "template"] = Field(
         default="as_sampled",
-        description="what the policy reads of its earlier turns: the tokens that it sampled, thinking included; or "
-        "what the chat template makes of their text: where it leaves thinking out, each turn is a sequence of its own",
+        description='What the policy reads of its earlier turns. "as_sampled": the tokens that it sampled, thinking '
+        'included. "template": what the chat template makes of their text; where it leaves thinking out, each turn is '
+        "a sequence of its own.",
     )
     tool_parser: str = Field(
         default="auto",
-        description="how calls of tools are found in what the policy writes: auto, template (the tokenizer's "
-        "response_template), hermes (Qwen's too), llama3, ling or none",
+        description="Parser of the tool calls in the policy's output. \"template\": the tokenizer's "
+        'response_template. "hermes": also for Qwen. "llama3", "ling": those formats. "none": no tool calls. "auto": '
+        "the response_template if there is one, else by the chat template.",
     )
-    max_turns: Positive = Field(default=64, description="requests of one trajectory")
+    max_turns: Positive = Field(default=64, description="Maximum number of model requests of one trajectory.")
     agent_seconds: float = Field(
-        default=600.0, gt=0, description="that one trajectory may take, while rollout phases run"
+        default=600.0, gt=0, description="Time limit of one trajectory, in seconds. Only time in rollout phases counts."
     )
     agent_memory_bytes: int = Field(
-        default=2 * 1024**3, ge=64 * 1024**2, description="resident memory of one agent with all that it starts"
+        default=2 * 1024**3,
+        ge=64 * 1024**2,
+        description="Maximum resident memory of one agent and all processes that it starts, in bytes.",
     )
 
     @property

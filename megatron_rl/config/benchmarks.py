@@ -11,16 +11,17 @@ from megatron_rl.config.section import Fraction, Positive, Section, Temperature
 
 
 class BenchmarkSection(PromptSection):
-    path: Path = Field(description="JSONL of {domain, prompt, answer}")
+    path: Path = Field(description="JSONL file of {domain, prompt, answer}.")
     reward: BenchmarkKindName | None = Field(
         default=None,
-        description="how its answers are judged, by these rules alone; choice: the letter of a multiple choice. "
-        "Default: as in training, by reward.kind, reward.domains, reward.parts and reward.judge",
+        description="How the answers of this benchmark are judged, by this rule alone. Values are those of "
+        'reward.kind, and "choice": the letter of a multiple choice. Default: as in training, by reward.kind, '
+        "reward.domains, reward.parts and reward.judge.",
     )
-    samples: Positive = Field(default=1, description="k of avg@k: how often each prompt is sampled")
-    prompts: Positive | None = Field(default=None, description="the first so many; default: all")
+    samples: Positive = Field(default=1, description="Number of responses per prompt: k of avg@k.")
+    prompts: Positive | None = Field(default=None, description="Number of prompts, from the first on. Default: all.")
     pass_at: tuple[Positive, ...] = Field(
-        default=(), description="k of pass@k and maj@k, at most samples; default: 1, 2, 4, ... and samples"
+        default=(), description="Values of k for pass@k and maj@k, at most samples. Default: 1, 2, 4, ... and samples."
     )
 
     @property
@@ -46,7 +47,7 @@ class BenchmarkSection(PromptSection):
 
 Benchmarks = Annotated[
     dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], BenchmarkSection],
-    Field(min_length=1, description="by name, which names the files of the results too"),
+    Field(min_length=1, description="Benchmarks by name. The result files have the same names."),
 ]
 
 
@@ -55,11 +56,17 @@ class ValidationSection(Section):
     `evaluate`; prompts and responses may be as long as the run's."""
 
     every: Positive = Field(
-        description="steps between validations; the weights of the start and those of the end are validated too"
+        description="Number of steps between validations. The weights at the start and at the end are validated too."
     )
-    samples: Positive = Field(default=1, description="how often each prompt is sampled, of benchmarks that say nothing")
-    temperature: Temperature = Field(default=1.0, description="of sampling; 0 is greedy")
-    top_p: Fraction = Field(default=0.95, description="training samples at 1.0, since it needs every token's log-prob")
+    samples: Positive = Field(
+        default=1, description="Number of responses per prompt, for benchmarks that do not set it."
+    )
+    temperature: Temperature = Field(default=1.0, description="Sampling temperature. 0: greedy decoding.")
+    top_p: Fraction = Field(
+        default=0.95,
+        description="Nucleus sampling: probability mass of the tokens to sample from. Training always uses 1, because "
+        "it needs the log-prob of every token.",
+    )
     benchmarks: Benchmarks
 
     @model_validator(mode="before")

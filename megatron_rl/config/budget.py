@@ -13,32 +13,45 @@ class BudgetSection(Section):
     tokens: int = Field(
         default=0,
         ge=0,
-        description="Phi: response tokens that carry loss in one optimizer step. Required for c3po; the other "
-        "algorithms have no budget",
+        description="Token budget (Phi in the C3PO paper): the number of response tokens that carry loss in one "
+        "optimizer step. Required for c3po. The other algorithms have no budget.",
     )
     domains: dict[str, Fraction] = Field(
         default={},
-        description="shares of Phi by the domain of the prompt, such as {code = 0.6, science = 0.4}, that sum to 1: so "
-        "many tokens of each are in every optimizer step, however long its responses are. Prompts of each domain are "
-        "taken as its share needs them, so the weights of data.train only say how files of the same domain mix. Needs "
-        "under_full = 'refill'. Default: whatever the prompts in their order bring",
+        description="Shares of the token budget by domain of the prompt, such as {code = 0.6, science = 0.4}. They "
+        "must sum to 1. Every optimizer step trains these shares, however long the responses of a domain are. Prompts "
+        "of each domain are taken as needed, so the weights of data.train only mix files of the same domain. Needs "
+        'under_full = "refill". Default: no shares; domains come in the order of the prompts.',
     )
-    scope: Literal["global", "per_gpu"] = Field(default="global", description="per_gpu multiplies by training ranks")
+    scope: Literal["global", "per_gpu"] = Field(
+        default="global",
+        description='What the token budget is for. "global": one optimizer step. "per_gpu": each training rank; a '
+        "step has tokens x ranks.",
+    )
     cut: Literal["token", "response"] = Field(
-        default="token", description="token: exactly Phi tokens; response: whole responses, overshooting"
+        default="token",
+        description='How the budget is met. "token": exactly, by cutting the last response. "response": by whole '
+        "responses, which exceeds it.",
     )
     under_full: Literal["refill", "short"] = Field(
-        default="refill", description="too few tokens: sample more and carry the surplus, or divide by Phi anyway"
+        default="refill",
+        description='What happens when a phase yields fewer tokens than the budget. "refill": more prompts are '
+        'sampled, and the surplus is carried over. "short": the step trains what there is, and still divides by Phi.',
     )
     margin: float = Field(
         default=1.0,
         ge=0,
-        description="under refill, standard deviations by which a wave of prompts is larger than is expected to fill "
-        "Phi. Less makes more phases wait for a second wave; more leaves more surplus, whose tokens are trained a step "
-        "late. On a cluster a second wave takes as long as the longest response: take 2 there",
+        description='Oversampling margin with under_full = "refill": the number of standard deviations by which a '
+        "wave of prompts exceeds what is expected to fill the budget. A lower value makes more phases wait for a "
+        "second wave. A higher one leaves more surplus tokens, which are trained one step late. On a cluster a second "
+        "wave takes as long as the longest response: use 2 there.",
     )
-    max_staleness: int = Field(default=1, ge=0, description="steps a surplus response may wait before it is dropped")
-    max_waves: Positive = Field(default=8, description="rollout waves per step before the run stops with an error")
+    max_staleness: int = Field(
+        default=1, ge=0, description="Maximum age of a surplus response, in steps. Older ones are dropped."
+    )
+    max_waves: Positive = Field(
+        default=8, description="Maximum number of rollout waves per step. Beyond it the run stops with an error."
+    )
 
     @model_validator(mode="after")
     def _check_domains(self) -> "BudgetSection":

@@ -11,12 +11,25 @@ class ClusterSection(Section):
     """Names the machines that a file is meant for: the defaults of `megatron-rl plan`. A start on others says so, no
     more."""
 
-    nodes: Positive = Field(default=1, description="machines, those that serve only among them")
-    gpus_per_node: Positive = Field(default=8, description="and training ranks of a node")
-    serving_nodes: int = Field(default=0, ge=0, description="of the nodes, which serve only; 0: all do both")
-    gpu_memory_gb: float = Field(default=80.0, ge=0, description="of 2^30 bytes; 0 asks for no verdict")
+    nodes: Positive = Field(default=1, description="Number of machines, including those that only serve.")
+    gpus_per_node: Positive = Field(
+        default=8, description="Number of GPUs of one machine. A machine that trains has as many training ranks."
+    )
+    serving_nodes: int = Field(
+        default=0,
+        ge=0,
+        description="Number of these machines that only run generation servers. 0: every machine trains and serves.",
+    )
+    gpu_memory_gb: float = Field(
+        default=80.0,
+        ge=0,
+        description="Memory of one GPU, in GiB (2^30 bytes). `plan` compares it with the memory that a run needs. 0: "
+        "no comparison.",
+    )
     rates: Path | None = Field(
-        default=None, description="a file of simulation/rates.py, by which plan predicts the time of a step"
+        default=None,
+        description="File of rates (docs/simulator.md) from which `plan` predicts the time of a step. Not set: no "
+        "prediction, and `plan --suggest` uses assumed rates.",
     )
 
     @property

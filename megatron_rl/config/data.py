@@ -34,11 +34,13 @@ class TextSection(Section):
 
     special_tokens: Literal["text", "token"] = Field(
         default="text",
-        description="what the tokenizer's special tokens are where a user's message has them written out, as in "
-        "`<|endoftext|>`: text like any other, or the token itself",
+        description="What a special token of the tokenizer, such as `<|endoftext|>`, becomes where a user's message "
+        'contains it. "text": ordinary text. "token": the special token itself.',
     )
     template_arguments: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], bool | int | float | str] = Field(
-        default={}, description="what the chat template is given beside messages and tools: {enable_thinking = false}"
+        default={},
+        description="Additional arguments of the chat template, such as {enable_thinking = false}. Messages and tools "
+        "come from the rows.",
     )
 
     @model_validator(mode="after")
@@ -51,31 +53,41 @@ class TextSection(Section):
 class PromptSection(TextSection):
     """Says how the rows of a file become prompts."""
 
-    domain: str = Field(default="math", min_length=1, description="of rows that name none and have no tests")
+    domain: str = Field(
+        default="math",
+        min_length=1,
+        description="Domain of rows that name none. Rows without a domain whose answer is a program's tests are of "
+        'the domain "code".',
+    )
     suffix: str = Field(
         default="",
-        description="goes behind every prompt as it stands, such as "
-        '"\\n\\nPut your final answer within \\\\boxed{}." of mathematics',
+        description='Text that is appended to every prompt as it stands, such as "\\n\\nPut your final answer within '
+        '\\\\boxed{}." for mathematics.',
     )
-    system: str = Field(default="", description="system message before every prompt that has none; empty: none")
+    system: str = Field(default="", description='System message for every prompt that has none. "": no system message.')
 
 
 TooLong = Annotated[
     Literal["stop", "drop"],
-    Field(description="rows that are longer than the run's limits: stop the run at its start, or are left out"),
+    Field(
+        description='What happens to rows that exceed the length limits of the run. "stop": the run stops at its '
+        'start. "drop": they are left out.'
+    ),
 ]
 
 
 class SftData(TextSection):
     too_long: TooLong = "stop"
     train: Weights = Field(
-        description="JSONL of {messages: [{role, content}, ...]}, or weights of several such files: "
-        '{"math.jsonl" = 64.5, "code.jsonl" = 25.5}'
+        description="JSONL file of {messages: [{role, content}, ...]}, or several such files with weights: "
+        '{"math.jsonl" = 64.5, "code.jsonl" = 25.5}.'
     )
     validation: Path | None = Field(
-        default=None, description="the same of chats that are not trained on; their loss and token entropy are logged"
+        default=None,
+        description="JSONL file of chats in the same format that are not trained on. Their loss and token entropy are "
+        "logged. Not set: no validation.",
     )
-    batch_tokens: Positive = Field(description="tokens per optimizer step, prompt tokens included")
+    batch_tokens: Positive = Field(description="Number of tokens per optimizer step, prompt tokens included.")
 
     @property
     def files(self) -> list[Path]:
@@ -85,21 +97,26 @@ class SftData(TextSection):
 class DataStage(Section):
     """Describes a part of training with a mixture of its own."""
 
-    prompts: Positive | None = Field(default=None, description="after which the next stage begins; none for the last")
-    train: Weights = Field(description="as data.train")
+    prompts: Positive | None = Field(
+        default=None,
+        description="Number of prompts after which the next stage begins. Required for every stage but the last, "
+        "which has none.",
+    )
+    train: Weights = Field(description="Training files of this stage, in the form of data.train.")
 
 
 class RlData(PromptSection):
     too_long: TooLong = "stop"
     train: Weights | None = Field(
         default=None,
-        description="JSONL of {domain, prompt, answer}, or weights of several such files: "
-        '{"math.jsonl" = 3, "code.jsonl" = 1} takes three prompts of the first for each of the second',
+        description='JSONL file of {domain, prompt, answer}, or several such files with weights: {"math.jsonl" = 3, '
+        '"code.jsonl" = 1} takes three prompts of the first for each of the second. Either this or stages is '
+        "required.",
     )
     stages: tuple[DataStage, ...] = Field(
         default=(),
-        description="instead of train: mixtures that follow each other. They are counted in prompts, because how many "
-        "prompts a step takes is up to the token budget",
+        description="Curriculum of data mixtures that follow each other, instead of train. Stages are counted in "
+        "prompts, because the number of prompts per step depends on the token budget.",
     )
 
     @model_validator(mode="after")

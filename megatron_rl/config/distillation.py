@@ -19,35 +19,56 @@ class DistillationSection(ServedModelSection):
 
     advantage: Literal["added", "alone"] = Field(
         default="added",
-        description="coefficient * (log p_teacher - log p_student) of a token is added to its response's advantage, or "
-        "is the whole advantage; rewards are given and told all the same",
+        description="How the teacher's signal enters the advantage of a token. The signal is coefficient * (log "
+        'p_teacher - log p_student). "added": it is added to the advantage of the response. "alone": it replaces it; '
+        "rewards are still computed and logged.",
     )
-    coefficient: AtLeast0 = Field(default=1.0, description="beta; 0 trains by the reward alone")
+    coefficient: AtLeast0 = Field(
+        default=1.0, description="Weight of the teacher's signal: beta. 0: training by the reward alone."
+    )
     final_coefficient: AtLeast0 | None = Field(
-        default=None, description="where beta goes to in a straight line, from the first step to final_step"
+        default=None,
+        description="Value that the coefficient reaches in final_step, in a straight line from the first step. Not "
+        "set: it stays the same. Needs final_step.",
     )
-    final_step: Positive | None = Field(default=None, description="the step, from 0, that first has it; later ones too")
+    final_step: Positive | None = Field(
+        default=None,
+        description="First step, counted from 0, that has final_coefficient. Later steps have it too. Needs "
+        "final_coefficient.",
+    )
     domains: dict[str, AtLeast0] = Field(
-        default={}, description="factors of beta by the domain of the prompt, such as {math = 0.5}; 1 for the others"
+        default={},
+        description="Factors of the coefficient by domain of the prompt, such as {math = 0.5}. Other domains have 1.",
     )
     other_template: bool = Field(
         default=False,
-        description="take a teacher whose chat template is another one: it then reads the policy's, which it may never "
-        "have seen",
+        description="Accepts a teacher with another chat template. It then reads the policy's template, which it may "
+        "never have seen.",
     )
     urls: tuple[str, ...] = Field(
         default=(),
-        description="servers that run the teacher already, in place of starting some; `path` is then needed for its "
-        "config.json and tokenizer alone. SGLang needs a --context-length of rollout.max_prompt_tokens + "
-        "max_response_tokens + 8",
+        description="URLs of servers that already run the teacher. Without them the run starts servers. With them, "
+        "path is only needed for its config.json and tokenizer. SGLang needs a --context-length of "
+        "rollout.max_prompt_tokens + max_response_tokens + 8.",
     )
     api_key_variable: str = Field(
-        default="", description="environment variable that holds the key of the servers at urls; empty: none"
+        default="",
+        description='Name of the environment variable that holds the API key of the servers at urls. "": no key.',
     )
-    servers: int = Field(default=0, ge=0, description="to start on each machine; 0 as rollout.servers has it")
-    threads: Positive = Field(default=1, description="torch threads of each embedded server")
-    max_running_requests: Positive = Field(default=16, description="responses that a server scores at once")
-    sglang_arguments: tuple[str, ...] = Field(default=(), description="as rollout.sglang_arguments")
+    servers: int = Field(
+        default=0,
+        ge=0,
+        description="Number of teacher servers to start on each machine. 0: automatic, as for rollout.servers.",
+    )
+    threads: Positive = Field(default=1, description="Number of torch threads of each embedded server.")
+    max_running_requests: Positive = Field(
+        default=16, description="Maximum number of responses that a server scores at once."
+    )
+    sglang_arguments: tuple[str, ...] = Field(
+        default=(),
+        description="Additional arguments of SGLang for the teacher's servers, in the form of "
+        "rollout.sglang_arguments.",
+    )
 
     @model_validator(mode="after")
     def _check_schedule(self) -> "DistillationSection":

@@ -10,40 +10,50 @@ from megatron_rl.config.section import Fraction, Positive, Section
 class EndpointSection(Section):
     """Describes a model behind an OpenAI-compatible endpoint: megatron_rl/endpoint.py."""
 
-    url: str = Field(default="", description="of the server, such as http://host:port/v1")
-    model: str = Field(default="", description="the name under which that server has it")
-    api_key_variable: str = Field(default="", description="environment variable that holds the key; empty: none")
-    timeout_seconds: float = Field(default=60.0, gt=0, description="for one reply, after which it is asked again")
-    concurrent: Positive = Field(default=16, description="requests at a time")
+    url: str = Field(default="", description="URL of the OpenAI-compatible server, such as http://host:port/v1.")
+    model: str = Field(default="", description="Name of the model on the server at url.")
+    api_key_variable: str = Field(
+        default="", description='Name of the environment variable that holds the API key of the server. "": no key.'
+    )
+    timeout_seconds: float = Field(
+        default=60.0, gt=0, description="Timeout of one reply, in seconds. After it the request is sent again."
+    )
+    concurrent: Positive = Field(default=16, description="Maximum number of concurrent requests.")
 
 
 class TeacherSection(EndpointSection):
     """Describes a model that answers the prompts in place of a checkpoint: rollout/teacher.py. Temperature, length and
     number of its responses are rollout.temperature, max_response_tokens and samples_per_prompt."""
 
-    url: str = Field(min_length=1, description="of an OpenAI-compatible server, such as http://host:port/v1")
-    model: str = Field(min_length=1, description="the name under which that server has it")
-    timeout_seconds: float = Field(default=600.0, gt=0, description="for one response, after which it is asked again")
-    concurrent: Positive = Field(default=64, description="responses at a time")
+    url: str = Field(min_length=1, description="URL of the OpenAI-compatible server, such as http://host:port/v1.")
+    model: str = Field(min_length=1, description="Name of the model on the server at url.")
+    timeout_seconds: float = Field(
+        default=600.0, gt=0, description="Timeout of one response, in seconds. After it the request is sent again."
+    )
+    concurrent: Positive = Field(default=64, description="Maximum number of concurrent responses.")
     tries: Positive = Field(
-        default=5, description="requests for a response before it has failed, and its prompt with it"
+        default=5, description="Number of requests for one response before it counts as failed, and its prompt with it."
     )
     max_failure_share: float = Field(
         default=0.2,
         ge=0,
         le=1,
-        description="the run stops when a greater share of prompts failed; --resume asks them again. 1 is off",
+        description="Maximum share of failed prompts. Above it the run stops; --resume asks them again. 1: no limit.",
     )
-    system: str = Field(default="", description="system message before every prompt; empty: none")
-    top_p: Fraction = Field(default=1.0, description="share of the most probable tokens that it samples from")
+    system: str = Field(default="", description='System message before every prompt. "": no system message.')
+    top_p: Fraction = Field(
+        default=1.0,
+        description="Nucleus sampling: probability mass of the tokens that the teacher samples from. 1: all tokens.",
+    )
     send_seed: bool = Field(
         default=True,
-        description="send a seed, another for each response; false for servers that refuse the key `seed`",
+        description="Sends a seed with each request, a different one for each response. Set false for servers that "
+        "refuse the key `seed`.",
     )
     extra: dict[str, Any] = Field(
         default={},
-        description='further keys of each request, such as {reasoning_effort = "high"}; max_completion_tokens among '
-        "them takes the place of max_tokens",
+        description='Additional keys of each request, such as {reasoning_effort = "high"}. max_completion_tokens '
+        "replaces max_tokens.",
     )
 
     @model_validator(mode="after")

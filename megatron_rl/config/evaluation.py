@@ -14,9 +14,18 @@ from megatron_rl.config.section import Fraction, Positive
 class EvaluationSampling(GenerationSection, AgentKeys):
     """Says how benchmarks are sampled. The defaults are those of Ring-lite's evaluation; temperature 1.0 too."""
 
-    max_prompt_tokens: Positive = Field(default=4096, description="longer prompts are refused before anything starts")
-    max_response_tokens: Positive = Field(default=32768, description="longer responses are cut off there")
-    top_p: Fraction = Field(default=0.95, description="training samples at 1.0, since it needs every token's log-prob")
+    max_prompt_tokens: Positive = Field(
+        default=4096,
+        description="Maximum length of a prompt, in tokens. Longer prompts are refused before anything starts.",
+    )
+    max_response_tokens: Positive = Field(
+        default=32768, description="Maximum length of a response, in tokens. Longer responses are cut off."
+    )
+    top_p: Fraction = Field(
+        default=0.95,
+        description="Nucleus sampling: probability mass of the tokens to sample from. Training always uses 1, because "
+        "it needs the log-prob of every token.",
+    )
 
     def as_rollout(self) -> RolloutSection:
         """Return the section for servers and sampler, where every response is a group of its own."""
@@ -26,7 +35,7 @@ class EvaluationSampling(GenerationSection, AgentKeys):
 class EvaluateConfig(CommandConfig):
     """Configures `megatron-rl evaluate`."""
 
-    seed: int = Field(default=1, ge=0, description="of what is sampled")
+    seed: int = Field(default=1, ge=0, description="Random seed for sampling.")
     model: ServedModelSection
     rollout: EvaluationSampling = EvaluationSampling()
     reward: RewardSection = RewardSection()

@@ -19,17 +19,22 @@ TARGETS: tuple[LoraTarget, ...] = ("attention", "mlp", "shared_experts", "expert
 class LoraSection(Section):
     rank: Annotated[int, Field(ge=1, le=4096)] = Field(
         default=32,
-        description="width of the two factors of every adapter; grouped experts in bfloat16 need a multiple of 8",
+        description="Rank of every adapter: the inner dimension of its two factors. Grouped experts in bfloat16 need "
+        "a multiple of 8.",
     )
     alpha: float = Field(
-        default=16.0, gt=0, description="the product of the two factors is multiplied by alpha / sqrt(rank) (rsLoRA)"
+        default=16.0,
+        gt=0,
+        description="Scaling of the adapters: the product of the two factors is multiplied by alpha / sqrt(rank) "
+        "(rsLoRA).",
     )
     targets: tuple[LoraTarget, ...] = Field(
         default=TARGETS,
         min_length=1,
-        description="which projections get an adapter, of those that the model has: attention, its two (queries, keys "
-        "and values are one); mlp, of dense layers (gate and up are one); shared_experts; experts, the routed ones, "
-        "each with adapters of its own. Router, norms, embedding and head stay as they are",
+        description='Modules that get adapters, of those that the model has. "attention": its two projections '
+        '(queries, keys and values are one). "mlp": the MLP of dense layers (gate and up are one). "shared_experts": '
+        'the shared experts. "experts": the routed experts, an adapter for each. Router, norms, embedding and head '
+        "stay frozen.",
     )
 
     @field_validator("targets")

@@ -15,17 +15,18 @@ class ServingSection(Section):
 
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
-        description="of weights and activations; with bfloat16 the optimizer keeps weights in float32 too",
+        description='Data type of weights and activations. In training with "bfloat16" the optimizer keeps float32 '
+        "weights too.",
     )
     trust_remote_code: bool = Field(
         default=False,
-        description="let SGLang run the Python files of the model directory; configuration_bailing_moe.py, or "
-        "configuration_bailing_moe_v2.py, describes a model that transformers does not know",
+        description="Lets SGLang run the Python files of the model directory. Models that transformers does not know "
+        "need it: configuration_bailing_moe.py, or configuration_bailing_moe_v2.py, describes them.",
     )
     shape: Path | None = Field(
         default=None,
-        description="for `megatron-rl plan` alone, while the model itself is not there yet: a config.json of the same "
-        "shape, or a folder that has one",
+        description="Path of a config.json with the shape of the model, or of a folder that has one. Only "
+        "`megatron-rl plan` reads it, for a model that is not there yet.",
     )
 
 
@@ -35,63 +36,72 @@ def _local(path: Path, info: ValidationInfo) -> Path:
 
 class ServedModelSection(ServingSection):
     path: Annotated[Path, AfterValidator(_local)] = Field(
-        description="Hugging Face directory (config.json, safetensors, tokenizer) of a model of a known family; or "
-        "hub:ORG/NAME, a model of the Hugging Face Hub, which is fetched where its cache does not have it"
+        description="Hugging Face directory (config.json, safetensors, tokenizer) of a model of a supported family. "
+        'Or "hub:ORG/NAME": a model of the Hugging Face Hub, which is downloaded where the local cache does not have '
+        "it."
     )
 
 
 class ModelSection(ServedModelSection):
     layers: Literal["auto", "local", "transformer_engine"] = Field(
         default="auto",
-        description="auto takes local ones, and Transformer Engine's, which have not run on a GPU yet, only where fp8 "
-        "asks for them",
+        description='Implementation of the transformer layers. "local": layers without Transformer Engine. '
+        '"transformer_engine": those of Transformer Engine, not run on a GPU yet. "auto": Transformer Engine where '
+        "fp8 asks for it, else local.",
     )
     attention: Literal["auto", "flash", "fa4", "sdpa"] = Field(
         default="auto",
-        description="of local layers. flash: torch's variable-length flash attention, on a GPU in bfloat16; fa4: "
-        "FlashAttention 4 of the package flash-attn-4, not run on a GPU yet; sdpa: torch's "
-        "scaled_dot_product_attention over sequences of about the same length. auto takes flash where it can",
+        description='Attention kernel of local layers. "flash": torch\'s variable-length flash attention; needs a '
+        'GPU and bfloat16. "fa4": FlashAttention 4 of the package flash-attn-4, not run on a GPU yet. "sdpa": '
+        'torch\'s scaled_dot_product_attention over sequences of about the same length. "auto": flash where it can '
+        "run, else sdpa.",
     )
     experts: Literal["auto", "grouped", "sequential"] = Field(
         default="auto",
-        description="of local layers. grouped: all experts of a rank in two grouped matrix products of torch's own, "
-        "not in float64; sequential: two products for each. auto takes grouped in bfloat16 on a GPU of compute "
-        "capability 9.0 or later. Transformer Engine's layers have their own",
+        description='How local layers compute their experts. "grouped": all experts of a rank in two of torch\'s '
+        'grouped matrix products; not in float64. "sequential": two matrix products for each expert. "auto": grouped '
+        "in bfloat16 on a GPU of compute capability 9.0 or later, else sequential. Transformer Engine's layers have "
+        "their own.",
     )
     expert_weight_gradient: Literal["torch", "quack"] = Field(
         default="torch",
-        description="of grouped experts. torch: a grouped product in bfloat16, added to the float32 gradients in a "
-        "pass of its own; quack: added in the product, by the package quack-kernels, not run on a GPU yet",
+        description='How the weight gradients of grouped experts are accumulated. "torch": a grouped product in '
+        'bfloat16, then added to the float32 gradients. "quack": added within the product, by the package '
+        "quack-kernels; not run on a GPU yet.",
     )
     router_dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="of the router's logits and probabilities; servers may have them in bfloat16"
+        default="float32",
+        description='Data type of the router\'s logits and probabilities. "bfloat16" is for servers that have them '
+        'so; it needs dtype = "bfloat16".',
     )
     head_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
-        description="of the logits. Their products add up in float32 either way; bfloat16 rounds the sums, as servers "
-        "do that have their logits in it",
+        description='Data type of the output logits. "bfloat16" rounds them, as some servers do. The matrix product '
+        'accumulates in float32 either way. "bfloat16" needs dtype = "bfloat16".',
     )
     fp8: Literal["none", "e4m3", "hybrid"] = Field(
         default="none",
-        description="format of the products in Transformer Engine's linear layers, weights stay bfloat16: e4m3, or "
-        "hybrid, which has e5m2 for gradients",
+        description="FP8 format of the matrix products in Transformer Engine's linear layers. Weights stay bfloat16. "
+        '"e4m3": E4M3 everywhere. "hybrid": E5M2 for gradients, else E4M3. "none": no FP8. FP8 needs dtype = '
+        '"bfloat16".',
     )
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = Field(
         default="tensorwise",
-        description="where fp8's scales come from, as megatron-core names them: tensorwise from the tensor itself; "
-        "delayed from earlier steps, which a checkpoint does not keep; blockwise, of 128 values; mxfp8, of 32, on "
-        "Blackwell",
+        description='FP8 scaling recipe, by megatron-core\'s name. "tensorwise": scales of the present tensor. '
+        '"delayed": scales of earlier steps, which a checkpoint does not keep. "blockwise": one scale per block of '
+        '128 values. "mxfp8": one per 32 values; needs a Blackwell GPU.',
     )
     recompute: Recompute = Field(
         default="none",
-        description="what the backward pass computes once more, to save memory. full: every layer, of which only the "
-        "input is kept; selective: recompute_modules. true and false are full and none",
+        description='Activations that the backward pass recomputes to save memory. "full": those of every layer; only '
+        'its input is kept. "selective": those of recompute_modules. "none": nothing. true and false mean "full" and '
+        '"none".',
     )
     recompute_modules: tuple[RecomputeModule, ...] = Field(
         default=("moe",),
-        description="with selective, as megatron-core names them: core_attn, attention without its projections, which "
-        "saves memory with parallel.context alone; mlp, of dense layers; moe, a layer's router and all its experts; "
-        "shared_experts",
+        description='Modules to recompute with recompute = "selective", by megatron-core\'s names. "core_attn": '
+        'attention without its projections; saves memory only with parallel.context above 1. "mlp": the MLP of dense '
+        'layers. "moe": the router and all experts of a layer. "shared_experts": the shared experts.',
     )
 
     @model_validator(mode="after")
@@ -112,5 +122,11 @@ class ModelSection(ServedModelSection):
 
 
 class MoeSection(Section):
-    load_balance_coefficient: float = Field(default=1e-5, ge=0, description="a_bal of Eq. 6")
-    z_loss_coefficient: float = Field(default=1e-7, ge=0, description="a_z of Eq. 6")
+    load_balance_coefficient: float = Field(
+        default=1e-5,
+        ge=0,
+        description="Coefficient of the router's load-balancing loss: a_bal in Eq. 6 of the C3PO paper.",
+    )
+    z_loss_coefficient: float = Field(
+        default=1e-7, ge=0, description="Coefficient of the router's z-loss: a_z in Eq. 6 of the C3PO paper."
+    )

@@ -8,30 +8,47 @@ from megatron_rl.config.section import Section
 
 
 class OptimizerSection(Section):
-    learning_rate: float = Field(default=3e-6, gt=0, description="of AdamW, the highest of its schedule")
+    learning_rate: float = Field(default=3e-6, gt=0, description="Peak learning rate of AdamW.")
     schedule: Literal["constant", "cosine"] = Field(
         default="constant",
-        description="the learning rate after the warm-up: the same to the end, or a half wave of a cosine down to "
-        "min_learning_rate",
+        description='Learning-rate schedule after warm-up. "constant": no decay. "cosine": decay to min_learning_rate '
+        "at the end of the run.",
     )
-    min_learning_rate: float = Field(default=0.0, ge=0, description="where the cosine ends")
+    min_learning_rate: float = Field(default=0.0, ge=0, description="Learning rate at the end of the cosine schedule.")
     warmup_steps: int = Field(
-        default=0, ge=0, description="optimizer steps over which the learning rate rises linearly; the first has 0"
+        default=0,
+        ge=0,
+        description="Number of optimizer steps over which the learning rate rises linearly. The first step has "
+        "learning rate 0.",
     )
     warmup_share: float | None = Field(
-        default=None, ge=0, lt=1, description="instead of warmup_steps: their share of all optimizer steps, rounded"
+        default=None,
+        ge=0,
+        lt=1,
+        description="Share of all optimizer steps that are warm-up, rounded to whole steps. Use it instead of "
+        "warmup_steps.",
     )
-    weight_decay: float = Field(default=0.0, ge=0, description="of AdamW, apart from the gradient")
-    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of AdamW's mean of gradients")
-    beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of AdamW's mean of squared gradients")
-    epsilon: float = Field(default=1e-8, gt=0, description="what AdamW adds to the root that it divides by")
-    clip_grad: float = Field(default=1.0, ge=0, description="global gradient norm limit; 0 is no clipping")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay of AdamW.")
+    beta1: float = Field(
+        default=0.9, ge=0, lt=1, description="Decay rate of AdamW's first moment, the mean of gradients."
+    )
+    beta2: float = Field(
+        default=0.95, ge=0, lt=1, description="Decay rate of AdamW's second moment, the mean of squared gradients."
+    )
+    epsilon: float = Field(
+        default=1e-8, gt=0, description="Term that AdamW adds to the denominator for numerical stability."
+    )
+    clip_grad: float = Field(
+        default=1.0,
+        ge=0,
+        description="Maximum global gradient norm; larger gradients are scaled down to it. 0: no clipping.",
+    )
     offload_fraction: float = Field(
         default=0.0,
         ge=0,
         le=1,
-        description="of the optimizer's states (moments, and fp32 weights beside bfloat16 ones) that live in host "
-        "memory and are on the device only while they are stepped, a part after the other",
+        description="Share of the optimizer states (moments, and float32 weights beside bfloat16 ones) that is kept "
+        "in host memory. They are moved to the GPU part by part for the optimizer step.",
     )
 
     @model_validator(mode="after")

@@ -33,14 +33,22 @@ _NAMES = {
     "mem_fraction_static tp_size vllm_tensor_parallel_size rollout_num_gpus_per_engine engine_kwargs",
     "rollout.servers": "num_engines rollout_num_gpus num_servers vllm_num_engines data_parallel_size dp",
     "rollout.engine": "backend rollout_backend use_vllm vllm_mode inference_engine",
-    "rollout.urls": "base_url vllm_server_host vllm_server_base_url sglang_router_ip server_url",
+    "rollout.urls": "base_url vllm_server_host vllm_server_port vllm_server_base_url sglang_router_ip server_url "
+    "rollout_external_engine_addrs",
     "rollout.release_memory": "colocate free_cache_engine vllm_enable_sleep_mode offload_rollout enable_sleep_mode",
     "rollout.partial": "partial_rollout",
+    "rollout.agent": "custom_generate_function_path rollout_function_path agent_loop_config_path default_agent_loop "
+    "environment_factory",
     "rollout.max_turns": "max_assistant_turns max_tool_calling_iterations",
     "rollout.tool_parser": "tool_call_parser multi_turn.format",
-    "rollout.router_replay": "use_rollout_routing_replay routing_replay use_routing_replay",
+    "rollout.router_replay": "use_rollout_routing_replay routing_replay use_routing_replay router_replay "
+    "enable_rollout_routing_replay",
+    "rollout.max_restarts": "use_fault_tolerance",
+    "rollout.silence_seconds": "rollout_health_check_timeout",
+    "rollout.ready_deadline_seconds": "vllm_server_timeout",
     "reward.kind": "rm_type reward_funcs custom_rm_path reward_function reward_fn reward_manager "
-    "custom_reward_function custom_generate_function_path",
+    "custom_reward_function rm_url",
+    "reward.parts": "reward_weights",
     "reward.overlong_buffer_tokens": "overlong_buffer.len overlong_buffer_len soft_punish_cache",
     "reward.overlong_penalty": "overlong_buffer.penalty_factor penalty_factor",
     "lora.rank": "lora_r lora_rank lora_dim",
@@ -92,7 +100,9 @@ _NAMES = {
     "budget.tokens": "gradient_accumulation_steps global_batch_size token_budget token_batch_size",
     "budget.max_staleness": "off_policy_steps max_off_policy_steps staleness",
     "algorithm.name": "adv_estimator advantage_estimator loss_type loss.type policy_loss rl_algorithm loss_mode",
-    "algorithm.advantage": "scale_rewards norm_adv_by_std_in_grpo normalize_advantages grpo_std_normalization",
+    "algorithm.advantage": "scale_rewards norm_adv_by_std_in_grpo normalize_advantages grpo_std_normalization "
+    "disable_grpo_std_normalization custom_advantage_function_path",
+    "algorithm.surrogate": "custom_loss_function_path",
     "algorithm.ratio": "importance_sampling_level",
     "algorithm.clip_low": "epsilon clip_ratio clip_ratio_low eps_clip cliprange epsilon_low clip_eps eps_clip_low "
     "clip_range",
@@ -105,8 +115,11 @@ _NAMES = {
     "num_mini_batches",
     "algorithm.dynamic_sampling": "filter_groups dynamic_sampling_filter_path dynamic_filter",
     "algorithm.mask_truncated": "mask_truncated_completions overlong_filtering mask_overlong",
-    "algorithm.correction": "use_tis tis vllm_importance_sampling_correction rollout_is rollout_correction",
+    "algorithm.correction": "use_tis tis vllm_importance_sampling_correction rollout_is rollout_correction "
+    "custom_tis_function_path",
     "algorithm.tis_cap": "tis_clip tis_imp_ratio_cap vllm_importance_sampling_cap rollout_is_threshold",
+    "distillation.path": "opd_teacher_load teacher_model_name_or_path teacher_model",
+    "distillation.coefficient": "opd_kl_coef",
     "sync.bucket_mb": "update_weights_bucket_megabytes update_weight_buffer_size",
     "sync.transport": "weight_broadcast weight_sync update_weight_mode",
     "cluster.nodes": "nnodes num_nodes actor_num_nodes",
@@ -114,10 +127,29 @@ _NAMES = {
 }
 # Settings of other programs that have no key here, and why.
 _NONE = {
-    "top_p": "training samples from the whole distribution, since it needs the log-prob of every token; `evaluate` "
-    "has rollout.top_p, and [validation] has top_p",
-    "top_k": "responses are sampled from the whole distribution",
-    "min_p": "responses are sampled from the whole distribution",
+    **dict.fromkeys(
+        ("top_p", "rollout_top_p"),
+        "training samples from the whole distribution, since it needs the log-prob of every token; `evaluate` has "
+        "rollout.top_p, and [validation] has top_p",
+    ),
+    **dict.fromkeys(("top_k", "rollout_top_k", "min_p"), "responses are sampled from the whole distribution"),
+    "repetition_penalty": "responses are sampled without penalties, from the distribution that is trained",
+    **dict.fromkeys(
+        ("input_key", "prompt_key", "label_key", "messages_key", "metadata_key", "reward_fn_key"),
+        "columns have fixed names: prompt, answer and domain, or messages, and others go into `meta` (docs/data.md); "
+        "tools/prepare_data.py renames them",
+    ),
+    **dict.fromkeys(
+        ("shuffle_dataset", "rollout_shuffle"), "rows are always shuffled, in another order for each seed and epoch"
+    ),
+    "apply_chat_template": "prompts and chats are always rendered by the model's chat template",
+    **dict.fromkeys(
+        ("max_model_len", "rollout_max_context_len", "vllm_max_model_length"),
+        "the context of servers has room for rollout.max_prompt_tokens and rollout.max_response_tokens together",
+    ),
+    "group_rm": "a service (reward.kind) always gets all responses to a prompt at once, and so does a function of your "
+    "own that takes `responses`",
+    "loss_agg_mode": "algorithm.name decides what the loss is divided by",
     **dict.fromkeys(
         ("logging_steps", "logging_strategy", "logging_first_step", "log_interval", "log_freq", "log_every"),
         "every step is in metrics.jsonl and goes to each of tracking.to",
@@ -150,7 +182,13 @@ _NONE = {
     "way",
     "async_level": "every step trains on responses to the newest weights, or with rollout.partial on those under way",
     "gamma": "a response is one action with one reward, so nothing is discounted",
-    "lam": "a response is one action with one reward, so there is no value function",
+    **dict.fromkeys(("lam", "lambd"), "a response is one action with one reward, so there is no value function"),
+    **dict.fromkeys(
+        ("sync_ref_model", "ref_update_interval", "ref_model_sync_steps"),
+        "the reference policy of algorithm.kl_coefficient always has the weights that the run began with",
+    ),
+    "save_hf": "the last weights are written to run_dir/hf, and `megatron-rl convert` makes such a directory of any "
+    "checkpoint",
     "use_kl_loss": "the KL term is there where algorithm.kl_coefficient is above 0",
     "sequence_parallel": "it is on wherever parallel.tensor is above 1",
     "use_peft": "adapters are trained where there is a section [lora]",

@@ -7,24 +7,24 @@ from megatron_rl.config.section import Positive, Section
 
 
 class ParallelSection(Section):
-    tensor: Positive = Field(default=1, description="tensor parallel size; above 1 sequence parallelism is on")
+    tensor: Positive = Field(default=1, description="Tensor parallel size. Above 1, sequence parallelism is on.")
     pipeline: Positive = Field(
-        default=1, description="pipeline parallel size: so many ranks hold a part of the layers each"
+        default=1, description="Pipeline parallel size: the number of ranks that the layers are divided over."
     )
     virtual_pipeline: Positive = Field(
         default=1,
-        description="parts of the model on each pipeline stage (Megatron's interleaved schedule): more parts, less "
-        "idling, more communication. Above 1 it needs parallel.pipeline of at least 3, and a rank runs a multiple of "
-        "parallel.pipeline micro-batches, empty ones if need be",
+        description="Number of model chunks per pipeline rank (Megatron's interleaved schedule). More chunks cause "
+        "less idle time and more communication. Above 1 it needs parallel.pipeline of at least 3, and a rank runs a "
+        "multiple of parallel.pipeline micro-batches, empty ones if need be.",
     )
     expert: Positive = Field(
-        default=1, description="expert parallel size: so many ranks hold a part of the experts of a layer each"
+        default=1, description="Expert parallel size: the number of ranks that the experts of a layer are divided over."
     )
-    expert_tensor: Positive = Field(default=1, description="tensor parallel size within an expert")
+    expert_tensor: Positive = Field(default=1, description="Tensor parallel size within one expert.")
     context: Positive = Field(
         default=1,
-        description="context parallel size: so many ranks share every sequence, each holds its part of it. Needs local "
-        "layers",
+        description="Context parallel size: the number of ranks that every sequence is divided over. Above 1 it needs "
+        "local layers.",
     )
 
     def layout(self, world_size: int) -> Layout:

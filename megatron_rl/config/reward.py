@@ -13,27 +13,51 @@ from megatron_rl.parsing import meant
 class CodeSection(Section):
     """Says how code rewards run programs, by the fields of reward.code.CodeSettings."""
 
-    seconds: float = Field(default=10.0, gt=0, description="of one response, all of its tests")
-    cpu_seconds: Positive = Field(default=6, description="of CPU time of the program; on stdin, of each test")
-    memory_bytes: int = Field(default=1024**3, ge=64 * 1024**2, description="of all processes of one program")
-    processes: int = Field(default=32, ge=8, description="and threads of one program, the sandbox's own included")
-    python: str | None = Field(default=None, description="interpreter for programs; none takes /usr/bin/python3")
+    seconds: float = Field(
+        default=10.0, gt=0, description="Time limit of one response, all its tests together, in seconds."
+    )
+    cpu_seconds: Positive = Field(
+        default=6, description="CPU time limit of the program, in seconds. With tests on stdin it is that of each test."
+    )
+    memory_bytes: int = Field(
+        default=1024**3,
+        ge=64 * 1024**2,
+        description="Maximum memory of all processes of one program together, in bytes.",
+    )
+    processes: int = Field(
+        default=32,
+        ge=8,
+        description="Maximum number of processes and threads of one program, including those of the sandbox itself.",
+    )
+    python: str | None = Field(
+        default=None, description="Python interpreter of the programs. Default: /usr/bin/python3."
+    )
     cpp_compiler: tuple[str, ...] = Field(
         default=(),
-        description='such as ["/usr/bin/g++", "-O2", "-std=c++17"], for blocks marked as C++ with tests on stdin',
+        description='Compiler command for C++ code blocks with tests on stdin, such as ["/usr/bin/g++", "-O2", '
+        '"-std=c++17"]. Empty: no C++; such blocks run as Python, and fail.',
     )
-    endpoint: str = Field(default="", description="URL of a SandboxFusion server; empty runs programs on this machine")
+    endpoint: str = Field(
+        default="", description='URL of a SandboxFusion server that runs the programs. "": they run on this machine.'
+    )
     allow_without_seccomp: bool = Field(
-        default=False, description="judge programs where the sandbox has no seccomp filter, with one layer less"
+        default=False,
+        description="Runs programs also where the sandbox has no seccomp filter, with one layer of protection less.",
     )
 
 
 class JudgeSection(EndpointSection):
     """Describes a model that is asked about answers that rules call wrong: reward/model_judge.py."""
 
-    domains: tuple[str, ...] = Field(default=(), description="whose wrong answers it is asked about; empty is off")
-    max_tokens: Positive = Field(default=1024, description="of its reply")
-    max_answer_characters: Positive = Field(default=1000, description="a longer answer is wrong without asking")
+    domains: tuple[str, ...] = Field(
+        default=(), description="Domains whose wrong answers are shown to the judge model. Empty: no judge."
+    )
+    max_tokens: Positive = Field(default=1024, description="Maximum length of the judge's reply, in tokens.")
+    max_answer_characters: Positive = Field(
+        default=1000,
+        description="Maximum length of an answer that the judge sees, in characters. Longer answers are wrong without "
+        "asking.",
+    )
 
 
 # Compares what stands in the box with the reference answer; a model may be asked about those that rules call wrong.
@@ -56,69 +80,85 @@ BenchmarkKindName = Annotated[str, among(OF_BENCHMARKS, _SERVICE, is_service)]
 class PartSection(Section):
     """Names one of several rewards that are added up."""
 
-    kind: RewardKindName = Field(description="as reward.kind")
-    weight: float = Field(default=1.0, description="its score is multiplied by it; below 0 it is a punishment")
+    kind: RewardKindName = Field(description="Reward of this part, with the values of reward.kind.")
+    weight: float = Field(default=1.0, description="Factor of this part's score in the sum. Below 0 it is a penalty.")
 
 
 class ServiceSection(Section):
     """Says how services that give rewards are asked: reward/service.py."""
 
-    api_key_variable: str = Field(default="", description="environment variable that holds the key; empty: none")
-    timeout_seconds: float = Field(default=60.0, gt=0, description="for the responses of one prompt")
-    concurrent: Positive = Field(default=16, description="requests at a time")
-    tries: Positive = Field(default=3, description="requests for the same responses before they count as errors")
+    api_key_variable: str = Field(
+        default="", description='Name of the environment variable that holds the API key of the service. "": no key.'
+    )
+    timeout_seconds: float = Field(
+        default=60.0, gt=0, description="Timeout of one request, in seconds. A request has all responses of one prompt."
+    )
+    concurrent: Positive = Field(default=16, description="Maximum number of concurrent requests.")
+    tries: Positive = Field(
+        default=3, description="Number of requests for the same responses before they count as errors."
+    )
 
 
 class RewardSection(Section):
     kind: RewardKindName = Field(
         default="exact",
-        description="exact, math, stem; code runs programs in a sandbox (docs/sandbox.md), its answers are JSON of "
-        'tests; "file.py:function" or "package.module:function" is a function of your own, "http://..." a service '
-        "(docs/own_rewards.md)",
+        description='Reward of a response. "exact", "math", "stem": compares the boxed answer with the reference '
+        'answer. "code": runs the program in a sandbox against tests, which the answer holds as JSON '
+        '(docs/sandbox.md). "file.py:function" or "package.module:function": a function of your own. "http://...": a '
+        "service (docs/own_rewards.md).",
     )
     domains: dict[str, RewardKindName] = Field(
-        default={}, description='kinds by the domain of the prompt, such as {code = "code"}; kind is for all others'
+        default={},
+        description='Kind of reward by domain of the prompt, such as {code = "code"}. Other domains have kind.',
     )
     parts: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], PartSection] = Field(
         default={},
-        description="instead of kind: several rewards by name, added up with their weights, such as "
-        '{format = {kind = "rewards.py:form", weight = 0.2}, answer = {kind = "math"}}',
+        description="Several rewards by name whose weighted sum is the reward, instead of kind, such as {format = "
+        '{kind = "rewards.py:form", weight = 0.2}, answer = {kind = "math"}}.',
     )
     correct_part: str = Field(
-        default="", description="the part that says whether a response is correct; empty: it is where all parts say so"
+        default="",
+        description='Name of the part that decides whether a response is correct. "": it is correct where all parts '
+        "say so.",
     )
     passing_score: float = Field(
         default=1.0,
-        description="a response with at least this score of your function or service is correct, where that does not "
-        "say so itself; pass@k and maj@k count correct responses",
+        description="Minimum score of a correct response, for functions and services that do not say themselves "
+        "whether it is correct. pass@k and maj@k count correct responses.",
     )
     memory_bytes: int = Field(
         default=4 * 1024**3,
         ge=64 * 1024**2,
-        description="resident memory of each worker of your own function, with all processes that it starts",
+        description="Maximum resident memory of each worker of your own function and all processes that it starts, in "
+        "bytes.",
     )
     overlong_buffer_tokens: int = Field(
         default=0,
         ge=0,
-        description="DAPO's soft punishment: over the last so many tokens before rollout.max_response_tokens a reward "
-        "loses up to reward.overlong_penalty before advantages are taken; 0 is off",
+        description="Length of the interval before rollout.max_response_tokens over which the reward falls, in "
+        "tokens: DAPO's soft overlong punishment. The reward loses up to overlong_penalty before advantages are "
+        "computed. 0: no punishment.",
     )
     overlong_penalty: float = Field(
-        default=1.0, ge=0, description="the most that it loses, in the units of the reward; the paper has 1"
+        default=1.0, ge=0, description="Maximum overlong punishment, in units of the reward. DAPO's paper uses 1."
     )
-    workers: Positive = Field(default=2, description="processes for each kind that needs some")
+    workers: Positive = Field(
+        default=2, description="Number of worker processes for each kind of reward that needs them."
+    )
     timeout_seconds: float = Field(
         default=3.0,
         gt=0,
-        description="for one answer, or for all of a prompt where your function takes `responses`; programs have "
-        "reward.code.seconds instead, services reward.service.timeout_seconds",
+        description="Time limit for one answer, in seconds. For a function of your own that takes `responses` it is "
+        "that of all responses of a prompt. Programs have reward.code.seconds instead, services "
+        "reward.service.timeout_seconds.",
     )
     max_error_share: float = Field(
         default=0.2,
         ge=0,
         le=1,
-        description="a phase of which a greater share of responses could not be judged (timeout, error) stops the run: "
-        "they score 0 though nobody knows that they are wrong; 1 is off",
+        description="Maximum share of responses of a phase that could not be judged (timeout, error). Above it the "
+        "run stops, because such responses score 0, or the mean of their group, though they may be right. 1: no "
+        "limit.",
     )
     code: CodeSection = CodeSection()
     judge: JudgeSection = JudgeSection()

@@ -17,71 +17,80 @@ class GenerationSection(Section):
 
     engine: Literal["embedded", "sglang"] = Field(
         default="embedded",
-        description="what generates: the embedded CPU server, or unmodified SGLang, which on a CPU comes from "
-        "`make install-sglang`",
+        description='Engine of the generation servers. "embedded": this package\'s own server for CPUs. "sglang": '
+        "unmodified SGLang; for a CPU it comes from `make install-sglang`.",
     )
     sglang_python: Path | None = Field(
         default=None,
-        description="interpreter of an environment with sglang; default: this one if it has it, else .venv-sglang of "
-        "the working directory",
+        description="Python interpreter of an environment with sglang. Default: the running one if it has sglang, "
+        "else .venv-sglang in the working directory.",
     )
     sglang_arguments: tuple[str, ...] = Field(
-        default=(), description="further arguments of sglang.launch_server, such as --mem-fraction-static 0.6"
+        default=(),
+        description='Additional arguments of sglang.launch_server, such as ["--mem-fraction-static", "0.6"].',
     )
     urls: tuple[str, ...] = Field(
         default=(),
-        description="attach to running servers instead of starting one; SGLang needs a --context-length of "
-        "max_prompt_tokens + max_response_tokens + 7",
+        description="URLs of running servers to use, instead of starting servers. SGLang needs a --context-length of "
+        "max_prompt_tokens + max_response_tokens + 7.",
     )
     api_key_variable: str = Field(
         default="",
-        description="environment variable that holds the key of the servers at urls; empty: none. Servers that the run "
-        "starts get a new key from it",
+        description='Name of the environment variable that holds the API key of the servers at urls. "": no key. '
+        "Servers that the run starts get a new key from the run.",
     )
     port: int = Field(
         default=0,
         ge=0,
         le=65535,
-        description="port of the first server that is started, the next count up; 0 picks",
+        description="Port of the first server that is started; the next servers have the ports after it. 0: free "
+        "ports are picked.",
     )
     max_response_tokens: Positive = Field(
-        description="longer responses are cut off there; what the model needs to reach its answers, since a response "
-        "that is cut off has none"
+        description="Maximum length of a response, in tokens. Longer responses are cut off, and then have no answer: "
+        "choose what the model needs to reach its answers."
     )
-    max_prompt_tokens: Positive = Field(default=64, description="longer prompts are refused before the run starts")
+    max_prompt_tokens: Positive = Field(
+        default=64,
+        description="Maximum length of a prompt, in tokens. Longer prompts are refused before the run starts.",
+    )
     temperature: Temperature = Field(
         default=1.0,
-        description="0 takes the most probable token each time (greedy), for evaluate, and where a prompt has one "
-        "response",
+        description="Sampling temperature. 0: greedy decoding, for `evaluate` and for one response per prompt.",
     )
-    max_running_requests: Positive = Field(default=64, description="decoding slots of the embedded server")
+    max_running_requests: Positive = Field(
+        default=64,
+        description="Maximum number of requests that one server runs at once. An embedded server has as many decoding "
+        "slots.",
+    )
     servers: int = Field(
         default=0,
         ge=0,
-        description="servers to start on each machine; 0 starts as many SGLang servers as its GPUs are enough for "
-        "(each takes --tp-size of them; on a CPU one), or one embedded server per core, at most 4: one on each core "
-        "beats one with many threads, since the operations of a small model are too short to share",
+        description="Number of servers to start on each machine. 0: as many SGLang servers as the GPUs allow (each "
+        "takes --tp-size of them; one on a CPU), or one embedded server per core, at most 4. One embedded server per "
+        "core is faster than one with many threads, because the operations of a small model are too short to share.",
     )
-    threads: Positive = Field(default=1, description="torch threads of each embedded server")
+    threads: Positive = Field(default=1, description="Number of torch threads of each embedded server.")
     ready_deadline_seconds: float = Field(
-        default=120.0, gt=0, description="how long a server may take from its start until it answers"
+        default=120.0, gt=0, description="Time limit for a server to answer after its start, in seconds."
     )
     token_deadline_seconds: float = Field(
         default=1.0,
         gt=0,
-        description="time allowed per generated token of a request's longest response before the server counts as lost",
+        description="Time allowed per token of a request's longest possible response, in seconds. After it the server "
+        "counts as lost.",
     )
     silence_seconds: float = Field(
         default=60.0,
         gt=0,
-        description="a server with work that does not answer /health for so long is taken out, and started again if "
-        "it is ours",
+        description="Time without a reply to /health after which a server with work is taken out, in seconds. A "
+        "server that the run started is then started again.",
     )
     max_restarts: int = Field(
         default=3,
         ge=0,
-        description="times that each of our servers is started again before the run stops, from the second on after "
-        "longer and longer pauses; of one that has served for ten minutes since, earlier ends are forgiven",
+        description="Maximum number of restarts of each server that the run started. Beyond it the run stops. From "
+        "the second restart on the pauses grow. After ten minutes of service the count begins again at 0.",
     )
 
     def servers_on(self, num_gpus: int) -> int:
@@ -133,37 +142,40 @@ class GenerationSection(Section):
 
 class RolloutSection(GenerationSection, AgentKeys):
     prompts_per_step: Positive = Field(
-        description="L of the paper: prompts per rollout phase. Under refill it sizes the first phase only; "
-        "then the budget decides how many prompts a phase needs. It may be left out there: then it is as many as fill "
-        "the budget with responses of half the longest length"
+        description='Number of prompts per rollout phase: L in the C3PO paper. With budget.under_full = "refill" it '
+        "only sizes the first phase; then the budget decides. There it may be left out: then it is as many as fill "
+        "the budget with responses of half the maximum length."
     )
-    samples_per_prompt: Positive = Field(description="K of the paper: the group size")
+    samples_per_prompt: Positive = Field(
+        description="Number of responses per prompt, the group size: K in the C3PO paper."
+    )
     router_replay: bool = Field(
         default=False,
-        description="train on the experts that the server chose (R3), so that sampler and trainer route alike; needs "
-        "the embedded server, or SGLang 0.5.22 on a GPU",
+        description="Trains with the experts that the server chose (R3), so that sampler and trainer route alike. "
+        "Needs the embedded server, or SGLang 0.5.22 on a GPU.",
     )
     logprob_tolerance: float = Field(
         default=0.5,
         gt=0,
-        description="the run stops when in its first step the 0.999 quantile of |train - rollout log-prob| is above it",
+        description="Maximum difference of trainer and sampler log-probs in the first step: the 0.999 quantile of "
+        "|train - rollout|. Above it the run stops.",
     )
     partial: bool = Field(
         default=False,
-        description="C3PO++: the rollout phase ends when the tokens of completed groups reach the budget (for an "
-        "algorithm without one: when prompts_per_step groups are complete); unfinished responses are kept and go on "
-        "under the next weights. Which ones complete depends on timing, so two runs of one seed differ",
+        description="Partial rollouts (C3PO++): a phase ends when completed groups reach the budget, or "
+        "prompts_per_step groups for algorithms without a budget. Unfinished responses are kept and continue under "
+        "the next weights. Which ones complete depends on timing, so two runs with one seed differ.",
     )
     release_memory: bool = Field(
         default=False,
-        description="for servers that this run starts on the GPUs it trains on: they give their memory back while it "
-        "trains (SGLang's --enable-memory-saver), and take it again before new weights come",
+        description="Servers release their GPU memory while the run trains (SGLang's --enable-memory-saver), and take "
+        "it again before new weights come. For servers that this run starts on the GPUs that it trains on.",
     )
     max_retention: int = Field(
         default=5,
         ge=0,
-        description="with partial: phases over which an unfinished group is kept before it is dropped; 0 drops what a "
-        "phase does not finish (over-sampling with early stop)",
+        description="Maximum number of phases over which an unfinished group is kept with partial. Older groups are "
+        "dropped. 0: what a phase does not finish is dropped (over-sampling with early stop).",
     )
 
 

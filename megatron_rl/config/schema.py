@@ -28,7 +28,7 @@ from megatron_rl.config.sync import SyncSection
 from megatron_rl.config.tracking import TrackingSection
 from megatron_rl.config.train import RlTrainSection, SftTrainSection, TrainSection
 
-SEED = "of the order of the data, of what is sampled, and of the new parameters of a model"
+SEED = "Random seed for the order of the data, for sampling, and for newly initialised parameters of a model."
 
 
 class CommandConfig(Section):
@@ -40,12 +40,17 @@ class CommandConfig(Section):
 class RunConfig(CommandConfig):
     """Holds what SFT and RL runs share."""
 
-    run_dir: Path = Field(description="everything a run writes lands here")
+    run_dir: Path = Field(description="Directory for everything that the run writes.")
     seed: int = Field(default=1, ge=0, description=SEED)
-    threads: int = Field(default=0, ge=0, description="torch threads per training rank; 0 divides the cores evenly")
+    threads: int = Field(
+        default=0,
+        ge=0,
+        description="Number of torch threads per training rank. 0: the machine's cores divided evenly among its ranks.",
+    )
     model: ModelSection
     lora: LoraSection | None = Field(
-        default=None, description="train adapters beside frozen weights; without this section all weights are trained"
+        default=None,
+        description="Trains LoRA adapters beside frozen weights. Without this section all weights are trained.",
     )
     parallel: ParallelSection = ParallelSection()
     moe: MoeSection = MoeSection()
@@ -87,7 +92,7 @@ class RolloutPhase(CommandConfig):
     """Configures the sampling and scoring of training prompts, whichever model does it. It knows nothing of
     training."""
 
-    run_dir: Path = Field(description="everything that is written lands here")
+    run_dir: Path = Field(description="Directory for everything that the command writes.")
     seed: int = Field(default=1, ge=0, description=SEED)
     model: ServingSection | None = None
     data: RlData
@@ -129,7 +134,8 @@ class SamplingConfig(RolloutPhase):
 
     model: ServedModelSection | None = None
     teacher: TeacherSection | None = Field(
-        default=None, description="an endpoint that answers instead of model, which may then be left out"
+        default=None,
+        description="OpenAI-compatible endpoint that answers instead of `model`, which may then be left out.",
     )
 
     @property
@@ -147,10 +153,10 @@ class RlConfig(RunConfig, SamplingConfig):
     algorithm: AlgorithmSection = AlgorithmSection()
     sync: SyncSection = SyncSection()
     distillation: DistillationSection | None = Field(
-        default=None, description="a teacher policy that scores what is sampled; none by default"
+        default=None, description="Teacher policy that scores the sampled responses. Not set: no teacher."
     )
     validation: ValidationSection | None = Field(
-        default=None, description="benchmarks that the run answers every so many steps, besides its training"
+        default=None, description="Benchmarks that the run evaluates every few steps. Not set: no validation."
     )
 
     @property

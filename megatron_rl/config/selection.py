@@ -12,7 +12,7 @@ from megatron_rl.config.section import Positive
 
 
 class SelectionRollout(RolloutSection):
-    prompts_per_step: Positive = Field(default=1, description="not used: `prompts` says how many there are")
+    prompts_per_step: Positive = Field(default=1, description="Not used: `prompts` sets the number of prompts.")
 
 
 def _folder_or_list(candidates: object) -> object:
@@ -29,21 +29,27 @@ class SelectConfig(RolloutPhase):
     model: ServingSection = ServingSection()
     rollout: SelectionRollout
     candidates: Annotated[Path | tuple[Path, ...], BeforeValidator(_folder_or_list)] = Field(
-        description="a folder whose subdirectories are Hugging Face directories, or a list of such directories"
+        description="Candidate models: a folder whose subdirectories are Hugging Face directories, or a list of such "
+        "directories."
     )
     prompts: Annotated[int, Field(ge=2)] = Field(
-        default=128, description="so many of the run's order of data.train are answered, the same by every candidate"
+        default=128,
+        description="Number of prompts that every candidate answers: the first ones in the run's order of data.train, "
+        "the same for all.",
     )
     band: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] = Field(
-        default=(0.3, 0.5), description="lowest and highest entropy that are accepted, in nats per token; the paper's"
+        default=(0.3, 0.5),
+        description="Lowest and highest token entropy of an acceptable candidate, in nats per token. The default is "
+        "that of the C3PO paper.",
     )
     prefer: Literal["lowest", "highest", "accuracy", "validation_loss"] = Field(
         default="lowest",
-        description="which of several candidates in the band: that of the lowest or highest entropy, of the highest "
-        "accuracy, or of the lowest validation_loss in its sft.json; selection/choice.py says why",
+        description='Which candidate within the band is chosen. "lowest", "highest": by token entropy. "accuracy": '
+        'the highest accuracy. "validation_loss": the lowest validation_loss in its sft.json.',
     )
     require_band: bool = Field(
-        default=False, description="choose none when none is within the band; else the nearest to it is chosen"
+        default=False,
+        description="Chooses none when no candidate is within the band. Otherwise the nearest to the band is chosen.",
     )
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from megatron_rl.config.kinds import KINDS
 from megatron_rl.config.other_names import names_of, why_none
@@ -54,9 +54,13 @@ def _told(key: Key, commands: tuple[str, ...], width: int) -> Iterator[str]:
     default = "required" if key.default is REQUIRED else f"default {as_text(key.default)}"
     of = "" if len(commands) == len(KINDS) else f"; {', '.join(commands)}"
     yield f"{key.path}: {key.type}; {default}{of}"
-    others = names_of(key.path)
-    text = key.description + (f". Elsewhere: {', '.join(others)}" if others else "")
+    text = with_names(key.description, names_of(key.path))
     yield from textwrap.wrap(text, width, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+
+
+def with_names(description: str, names: Sequence[str]) -> str:
+    """Return a description, which ends in a full stop, with what other trainers call the key."""
+    return f"{description} Called elsewhere: {', '.join(names)}." if names else description
 
 
 def as_text(value: object) -> str:

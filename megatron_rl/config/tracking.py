@@ -14,12 +14,16 @@ class TrackingSection(Section):
 
     to: tuple[TrackerName, ...] = Field(
         default=("tensorboard",),
-        description="tensorboard writes into run_dir/tensorboard; wandb and trackio are extras of the package",
+        description='Experiment trackers that get every number of metrics.jsonl. "tensorboard": writes to '
+        'run_dir/tensorboard. "wandb", "trackio": extras of this package. Empty: none.',
     )
-    project: str = Field(default="megatron_rl", min_length=1, description="of wandb and trackio: what it is part of")
-    name: str = Field(default="", description="of wandb and trackio: what the run is called; default: as run_dir")
-    group: str = Field(default="", description="of wandb and trackio: runs that belong together, such as seeds")
-    tags: tuple[str, ...] = Field(default=(), description="of wandb and trackio: words by which runs are found")
+    project: str = Field(default="megatron_rl", min_length=1, description="Name of the project, for wandb and trackio.")
+    name: str = Field(default="", description='Name of the run, for wandb and trackio. "": the name of run_dir.')
+    group: str = Field(
+        default="",
+        description='Name of the group of runs, such as seeds of one experiment, for wandb and trackio. "": no group.',
+    )
+    tags: tuple[str, ...] = Field(default=(), description="Tags of the run, for wandb and trackio.")
 
     @field_validator("to")
     @classmethod

@@ -23,29 +23,31 @@ class TrainSection(Section):
 
     overlap: Literal["auto", "on", "off"] = Field(
         default="auto",
-        description="data-parallel ranks add up gradients beside the backward pass of the last micro-batch, and hand "
-        "each other their new weights beside the next forward pass; auto is on for several such ranks on GPUs",
+        description="Overlaps data-parallel communication with computation: gradients are summed during the backward "
+        'pass of the last micro-batch, and new weights are gathered during the next forward pass. "auto": on with '
+        "several data-parallel ranks on GPUs.",
     )
     overlap_bucket_parameters: Positive | None = Field(
         default=None,
-        description="how many parameters travel at once with overlap; unset is megatron-core's choice, 40 million, or "
-        "a million for each data-parallel rank where that is more",
+        description="Number of parameters per communication bucket with overlap. Default: megatron-core's, 40 "
+        "million, or a million for each data-parallel rank where that is more.",
     )
 
     micro_batch_tokens: Positive = Field(
-        description="tokens that one rank may hold of a micro-batch. parallel.context ranks share a micro-batch, and a "
-        "sequence may be as long as what they hold together. Padding to multiples of 2 x context and of tensor comes "
-        "on top"
+        description="Maximum number of tokens of a micro-batch on one rank. parallel.context ranks share a "
+        "micro-batch, and a sequence may be as long as what they hold together. Padding to multiples of 2 x context "
+        "and of tensor is not counted."
     )
     save_every: int = Field(
         default=0,
         ge=0,
-        description="steps between checkpoints; 0: those of save_minutes alone, and one at the end",
+        description="Number of steps between checkpoints. 0: only those of save_minutes, and one at the end.",
     )
     save_minutes: float = Field(
         default=30.0,
         ge=0,
-        description="a checkpoint also where the last one, or the start, is so long ago; 0: only as save_every says",
+        description="Minutes since the last checkpoint, or the start, after which a step ends with a checkpoint, in "
+        "addition to those of save_every. 0: only those of save_every.",
     )
 
     @property
@@ -53,79 +55,86 @@ class TrainSection(Section):
         """Tell whether there are any checkpoints before the end."""
         return self.save_every > 0 or self.save_minutes > 0
 
-    keep_last: Positive = Field(default=2, description="newest checkpoints that are kept")
+    keep_last: Positive = Field(default=2, description="Number of newest checkpoints that are kept.")
     keep_every: int = Field(
-        default=0, ge=0, description="checkpoints whose step is a multiple of this are kept for ever; 0 keeps none"
+        default=0, ge=0, description="Checkpoints whose step is a multiple of this number are kept for ever. 0: none."
     )
     async_save: bool = Field(
         default=True,
-        description="write checkpoints beside training, from a copy in memory as large as what a rank writes; at most "
-        "one at a time",
+        description="Writes checkpoints in the background while training goes on. Needs host memory for a copy of "
+        "what a rank writes. At most one is written at a time.",
     )
     on_save_error: Literal["stop", "continue"] = Field(
         default="stop",
-        description="when a checkpoint cannot be written (a full disk): stop ends the run, continue warns, counts it "
-        "in num_failed_saves and goes on. The last good one stays",
+        description='What happens when a checkpoint cannot be written (a full disk). "stop": the run ends. '
+        '"continue": a warning, counted in num_failed_saves. The last good checkpoint stays either way.',
     )
     phase_deadline_seconds: float = Field(
         default=3600.0,
         gt=0,
-        description="a rank that is longer than this in one phase (rollout, train, save, ...) writes its stacks to "
-        "run_dir/stacks and ends, and the run with it. So long the first wait for all ranks may take too",
+        description="Time limit of one phase (rollout, train, save, ...) on a rank, in seconds. Beyond it the rank "
+        "writes its stacks to run_dir/stacks, and the run ends. It also limits the first wait for all ranks.",
     )
     max_skipped_steps: int = Field(
         default=3,
         ge=0,
-        description="optimizer steps in a row that may be skipped for a loss or gradient that is not finite; one more "
-        "stops the run. The batches of RL are in run_dir/skipped",
+        description="Maximum number of optimizer steps in a row that are skipped because loss or gradient is not "
+        "finite. One more stops the run. In RL the skipped batches are written to run_dir/skipped.",
     )
     grad_norm_alarm: float = Field(
         default=10.0,
         gt=1,
-        description="times the median gradient norm of the last 50 steps at which a step is reported",
+        description="Factor of the median gradient norm of the last 50 steps above which a step raises an alarm.",
     )
     reward_alarm: float = Field(
         default=0.5,
         ge=0,
         lt=1,
-        description="rewards of three steps in a row below this share of the best mean of ten steps so far are "
-        "reported; 0 is off",
+        description="Share of the best reward so far (a mean of ten steps) below which three steps in a row raise an "
+        "alarm. 0: no alarm.",
     )
 
 
 class RlTrainSection(TrainSection):
-    steps: Positive = Field(description="rollout-and-train steps")
+    steps: Positive = Field(description="Number of steps. A step is a rollout phase and the training on it.")
     offload_while_generating: bool = Field(
         default=False,
-        description="gradients and the optimizer's states are in host memory while the servers generate; needs "
-        "rollout.release_memory",
+        description="Moves gradients and optimizer states to host memory while the servers generate. Needs "
+        "rollout.release_memory.",
     )
     free_memory_deadline_seconds: float = Field(
-        default=60.0, gt=0, description="how long training may wait for memory that servers have released"
+        default=60.0,
+        gt=0,
+        description="Time limit for training to wait for GPU memory that servers release, in seconds.",
     )
     keep_best: str = Field(
         default="",
-        description="a benchmark of validation: every validated step has a checkpoint, and the one with the best mean "
-        "score so far is kept beside the newest; empty: none",
+        description="Name of the validation benchmark that picks the best checkpoint. Every validated step then has a "
+        'checkpoint, and the one with the best mean score is kept beside the newest. "": none.',
     )
     traced_groups: int = Field(
         default=1,
         ge=0,
-        description="groups of every step, the first that it sampled, of whose responses each token is written "
-        "to run_dir/tokens with the log-probs of server and trainer (docs/traces.md); about 30 bytes of disk per "
-        "token; 0 writes none",
+        description="Number of groups per step, the first ones sampled, whose tokens are written to run_dir/tokens "
+        "with the log-probs of server and trainer (docs/traces.md). It takes about 30 bytes of disk per token. 0: "
+        "none.",
     )
 
 
 class SftTrainSection(TrainSection):
-    steps: Positive | None = Field(default=None, description="optimizer steps")
+    steps: Positive | None = Field(
+        default=None, description="Number of optimizer steps. Either this or epochs is required."
+    )
     epochs: Positive | None = Field(
         default=None,
-        description="instead of steps: how often as many chats are seen as all files of data.train hold together. At "
-        "the end of each there is a checkpoint, and a Hugging Face directory run_dir/epochs/epoch_N",
+        description="Number of epochs, instead of steps. An epoch is as many chats as all files of data.train hold "
+        "together. Each ends with a checkpoint and a Hugging Face directory run_dir/epochs/epoch_N.",
     )
     validate_every: int = Field(
-        default=0, ge=0, description="steps between validations, besides those at the end of each epoch and of the run"
+        default=0,
+        ge=0,
+        description="Number of steps between validations. There is one at the end of each epoch and of the run too. "
+        "0: only those.",
     )
 
     @model_validator(mode="after")

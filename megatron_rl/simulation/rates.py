@@ -15,11 +15,11 @@ class HostPart(Section):
     """Holds what one part of the work of rank 0's processor takes in a step."""
 
     when: Literal["rollout", "between", "beside"] = Field(
-        description="rollout: beside generation, so GPUs wait for what is left when it ends; between: while all GPUs "
-        "wait; beside: while they train, so none waits"
+        description='When the work is done. "rollout": beside generation; GPUs wait for what is left at its end. '
+        '"between": while all GPUs wait. "beside": while they train, so none waits.'
     )
-    token_seconds: Seconds = Field(default=0.0, description="of every token that was sampled")
-    response_seconds: Seconds = Field(default=0.0, description="of every response; a response is one request")
+    token_seconds: Seconds = Field(default=0.0, description="Seconds per sampled token.")
+    response_seconds: Seconds = Field(default=0.0, description="Seconds per response. A response is one request.")
 
     def seconds(self, num_tokens: float, num_responses: float) -> float:
         return self.token_seconds * num_tokens + self.response_seconds * num_responses
@@ -30,24 +30,25 @@ class Rates(Section):
 
     decode: tuple[tuple[Annotated[int, Field(gt=0)], Above0], ...] = Field(
         min_length=1,
-        description="of one engine: [responses that run at once, tokens/s of all of them], for two numbers of "
-        "responses or more; between and beyond them the time of an iteration is a straight line. One pair alone: an "
-        "iteration always takes as long as it does for that number",
+        description="Decoding speed of one engine: pairs of [concurrent responses, tokens/s of all of them], for one "
+        "or more numbers of responses. Between and beyond them the time of an iteration is linear. With one pair it "
+        "is constant.",
     )
     response_seconds: Seconds = Field(
-        default=0.0, description="of every response on its engine beside decoding: prefill, HTTP, the reward"
+        default=0.0, description="Seconds per response on its engine beside decoding: prefill, HTTP, the reward."
     )
-    train_flops: Above0 = Field(description="FLOP/s that one GPU reaches in training, by the model's own FLOPs")
-    micro_batch_seconds: Seconds = Field(default=0.0, description="of every micro-batch beside its FLOPs")
-    optimizer_seconds: Seconds = Field(default=0.0, description="of every optimizer step")
-    sync_seconds: Seconds = Field(default=0.0, description="of every push of the weights to the engines")
+    train_flops: Above0 = Field(description="Training throughput of one GPU, in FLOP/s of the model's own FLOPs.")
+    micro_batch_seconds: Seconds = Field(default=0.0, description="Seconds per micro-batch beside its FLOPs.")
+    optimizer_seconds: Seconds = Field(default=0.0, description="Seconds per optimizer step.")
+    sync_seconds: Seconds = Field(default=0.0, description="Seconds per transfer of the weights to the engines.")
     switch_seconds: Seconds = Field(
-        default=0.0, description="from generation to training and back, on GPUs that do both; nothing on others"
+        default=0.0,
+        description="Seconds to switch from generation to training and back, on GPUs that do both. Other GPUs have 0.",
     )
     host: dict[str, HostPart] = Field(
-        default={}, description="rank 0's processor by part, which tools/bench_host.py --rates measures"
+        default={}, description="Work of rank 0's processor by part, as `tools/bench_host.py --rates` measures it."
     )
-    step_seconds: Seconds = Field(default=0.0, description="of every step beside all these: log, checkpoint")
+    step_seconds: Seconds = Field(default=0.0, description="Seconds per step beside all these: logging, checkpoints.")
 
     @model_validator(mode="after")
     def _check(self) -> "Rates":

@@ -43,41 +43,54 @@ RuleName = Annotated[str, _one_of(RULES)]
 class Layout(Section):
     """Says which column is what. A column is a dotted path: `reward_model.ground_truth`, `prompt.-1.content`."""
 
-    prompt: str = Field(default="", description="column of the question")
-    answer: str = Field(default="", description="column of the reference answer")
+    prompt: str = Field(default="", description="Column of the question.")
+    answer: str = Field(default="", description="Column of the reference answer.")
     answer_from: Literal["text", "boxed", "stated"] = Field(
         default="text",
-        description="text: the column as it stands; boxed: its last \\boxed{}; stated: what a solution without a box "
-        "says its answer is (reward/answers.py)",
+        description='How the answer is read from its column. "text": the column as it stands. "boxed": its last '
+        '\\boxed{}. "stated": the answer that a solution without a box states (reward/answers.py).',
     )
     answer_pattern: Annotated[str, AfterValidator(_answer_pattern)] | None = Field(
-        default=None, description="regular expression whose group is the answer; the last match counts"
+        default=None,
+        description="Regular expression with one group, which is the answer. The last match counts. Not set: no "
+        "pattern.",
     )
     tests: Annotated[str, _one_of(TEST_LAYOUTS)] = Field(
-        default="", description="how the row gives the tests of a program, instead of `answer`"
+        default="", description="Layout of a program's tests in the row, instead of `answer`."
     )
-    tests_column: str = Field(default="", description=f"where, for the layouts {', '.join(NEED_A_COLUMN)}")
+    tests_column: str = Field(
+        default="", description=f"Column of the tests. Needed for tests = {', '.join(NEED_A_COLUMN)}."
+    )
     options: tuple[str, ...] = Field(
         default=(),
-        description="instead of `answer`: the columns of the options of a multiple choice, the right one first. They "
-        "go below the prompt in an order by options_seed, and the answer is a letter: for evaluation",
+        description="Columns of the options of a multiple choice, instead of `answer`, the right one first. They are "
+        "added below the prompt in an order by options_seed, and the answer is a letter. For evaluation.",
     )
-    options_seed: int = 1
+    options_seed: int = Field(default=1, description="Random seed of the order of the options.")
     chat: str = Field(
         default="",
-        description="instead of all these: the column of a conversation, {role, content} or {from, value}, for "
-        "supervised fine-tuning; other columns go into `meta`",
+        description="Column of a conversation, {role, content} or {from, value}, for supervised fine-tuning, instead "
+        "of all these. Other columns go into `meta`.",
     )
-    domain: str = Field(default="", description="the domain of every row, or of those without one in domain_column")
-    domain_column: str = Field(default="", description="a row with tests is one of `code` whatever stands there")
-    domains: dict[str, str] = Field(default={}, description='other names, {MATH = "math"}')
-    id_column: str = Field(default="", description="may be missing in a row: the id is then a hash of the content")
-    source_column: str = Field(default="", description="may be missing in a row: the source is then path or hf")
-    append: str = Field(default="", description="column whose text goes below the prompt where it is not empty")
+    domain: str = Field(default="", description="Domain of every row, or of those without one in domain_column.")
+    domain_column: str = Field(
+        default="",
+        description="Column of the domain. A row whose answer turns out to be tests is of the domain `code` where "
+        'this column is empty, "math" or "stem".',
+    )
+    domains: dict[str, str] = Field(default={}, description='New names of domains, such as {MATH = "math"}.')
+    id_column: str = Field(
+        default="", description="Column of the row's id. Rows without one get a hash of the content."
+    )
+    source_column: str = Field(default="", description="Column of the row's source. Rows without one get path or hf.")
+    append: str = Field(default="", description="Column whose text is added below the prompt where it is not empty.")
     remove: tuple[Pattern, ...] = Field(
-        default=(), description="regular expressions whose matches are cut out of the prompt: instructions to the model"
+        default=(),
+        description="Regular expressions whose matches are removed from the prompt, such as instructions to the model.",
     )
-    meta: tuple[str, ...] = Field(default=(), description="columns to keep in `meta`; an object is merged into it")
+    meta: tuple[str, ...] = Field(
+        default=(), description="Columns that are kept in `meta`. An object is merged into it."
+    )
 
     @property
     def columns(self) -> set[str]:
@@ -89,11 +102,22 @@ class Layout(Section):
 class Input(Layout):
     """Names files or a Hugging Face dataset. Its layout is the preset's, overridden by the keys that are given here."""
 
-    path: str = Field(default="", description="file or glob: .jsonl, .jsonl.gz, .json, .parquet, .csv")
-    hf: str = Field(default="", description='"org/name", streamed by the library `datasets`')
-    hf_config: str | None = None
-    split: str = "train"
-    preset: Annotated[str, _one_of(PRESETS)] = ""
+    path: str = Field(
+        default="",
+        description="File or glob: .jsonl, .jsonl.gz, .json, .parquet or .csv. Either this or hf is required.",
+    )
+    hf: str = Field(
+        default="",
+        description='Hugging Face dataset as "org/name", streamed by the library `datasets`. Either this or path is '
+        "required.",
+    )
+    hf_config: str | None = Field(
+        default=None, description="Configuration (subset) of the Hugging Face dataset. Not set: its default."
+    )
+    split: str = Field(default="train", description="Split of the Hugging Face dataset.")
+    preset: Annotated[str, _one_of(PRESETS)] = Field(
+        default="", description='Name of a known layout. Keys that are given here override it. "": no preset.'
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "Input":
@@ -113,7 +137,7 @@ class Input(Layout):
 class Source(Input):
     """Names rows to curate."""
 
-    skip_rules: tuple[RuleName, ...] = Field(default=(), description="rules that are not applied to this source")
+    skip_rules: tuple[RuleName, ...] = Field(default=(), description="Rules that are not applied to this source.")
 
     @model_validator(mode="after")
     def _complete(self) -> "Source":
@@ -144,44 +168,79 @@ class Benchmark(Input):
 
 
 class DuplicateSection(Section):
-    exact: bool = True
-    near: bool = True
-    threshold: Fraction = Field(default=0.8, description="Jaccard similarity from which two prompts are the same")
-    shingle_tokens: Positive = Field(default=3, description="similarity is that of the sets of runs of so many tokens")
-    bands: Positive = Field(default=16, description="of the signature; more find more pairs below the threshold too")
-    band_rows: Positive = Field(default=5, description="a pair of similarity s is found with 1 - (1 - s^rows)^bands")
-    same_numbers: bool = Field(default=True, description="near-duplicates whose numbers differ are different questions")
-    same_answer: bool = Field(default=True, description="near-duplicates whose answers differ are different questions")
+    exact: bool = Field(default=True, description="Drops exact duplicates.")
+    near: bool = Field(default=True, description="Drops near-duplicates.")
+    threshold: Fraction = Field(default=0.8, description="Minimum Jaccard similarity of two near-duplicate prompts.")
+    shingle_tokens: Positive = Field(
+        default=3,
+        description="Length of the shingles, in tokens. Similarity is that of the sets of shingles of two prompts.",
+    )
+    bands: Positive = Field(
+        default=16,
+        description="Number of bands of the MinHash signature. More bands find more pairs, those below the threshold "
+        "too.",
+    )
+    band_rows: Positive = Field(
+        default=5,
+        description="Number of rows per band. A pair of similarity s is found with probability 1 - (1 - "
+        "s^band_rows)^bands.",
+    )
+    same_numbers: bool = Field(
+        default=True,
+        description="Whether prompts with different numbers are different questions, however similar they are.",
+    )
+    same_answer: bool = Field(
+        default=True,
+        description="Whether prompts with different answers are different questions, however similar they are.",
+    )
     verbatim_domains: tuple[str, ...] = Field(
         default=("code_io",),
-        description="domains in which every character of the prompt counts: no normal form and no near-duplicates",
+        description="Domains in which every character of the prompt counts: no normalisation and no near-duplicates.",
     )
 
 
 class ContaminationSection(Section):
-    ngram_tokens: Positive = Field(default=13, description="length of the runs of tokens that are looked up")
+    ngram_tokens: Positive = Field(
+        default=13, description="Length of the n-grams that are compared with benchmarks, in tokens."
+    )
     min_share: Fraction = Field(
-        default=0.4, description="share of the runs of the benchmark's prompt, or of the row's, that both must have"
+        default=0.4,
+        description="Minimum share of common n-grams, of the benchmark's prompt or of the row's, at which a row is "
+        "contaminated.",
     )
     min_tokens: Positive = Field(
-        default=8, description="shorter benchmark prompts must be equal; up to ngram_tokens they must be contained"
+        default=8,
+        description="Minimum length of a benchmark prompt for a partial match, in tokens. Shorter ones must be equal. "
+        "Those of up to ngram_tokens must be contained.",
     )
 
 
 class DifficultySection(Section):
     rollouts: tuple[str, ...] = Field(
-        default=(), description="files (or globs) that `megatron-rl rollout` wrote with the model to be trained"
+        default=(), description="Files (or globs) that `megatron-rl rollout` wrote with the model to be trained."
     )
-    stronger: tuple[str, ...] = Field(default=(), description="the same of a stronger model")
-    max_pass_rate: float = Field(default=1.0, gt=0, le=1, description="rows that the model solves so often are dropped")
+    stronger: tuple[str, ...] = Field(
+        default=(),
+        description="Files (or globs) that `megatron-rl rollout` wrote with a stronger model. Needs rollouts.",
+    )
+    max_pass_rate: float = Field(
+        default=1.0, gt=0, le=1, description="Pass rate of the model from which a row is dropped as too easy."
+    )
     min_pass_rate: float = Field(
-        default=0.0, ge=0, lt=1, description="rows that neither model solves more often are dropped"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Pass rate up to which a row is dropped as too hard, where neither model exceeds it.",
     )
-    suffix: str = Field(default="", description="data.suffix of the rollouts, which their prompts end in")
+    suffix: str = Field(default="", description="Suffix of the rollouts' prompts: their data.suffix.")
     passing_reward: float | None = Field(
-        default=None, description="the least reward of a solved response; default: those that were judged correct"
+        default=None,
+        description="Minimum reward of a solved response. Default: a response is solved if it was judged correct.",
     )
-    unmeasured: Literal["keep", "drop"] = "keep"
+    unmeasured: Literal["keep", "drop"] = Field(
+        default="keep",
+        description='What happens to rows without rollouts. "keep": they stay. "drop": they are dropped.',
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> "DifficultySection":
@@ -195,14 +254,21 @@ class DifficultySection(Section):
 
 
 class CurationConfig(Section):
-    output: Path = Field(description="folder for kept.jsonl, dropped.jsonl and report.json")
-    workers: Positive = Field(default=2, description="processes that read rows; 1 is this process itself")
+    output: Path = Field(description="Folder for kept.jsonl, dropped.jsonl and report.json.")
+    workers: Positive = Field(default=2, description="Number of processes that read rows. 1: this process alone.")
     max_malformed_share: float = Field(
-        default=0.1, ge=0, le=1, description="of the rows of a source; above it the layout is taken to be wrong"
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Maximum share of malformed rows of a source. Above it the layout is taken to be wrong.",
     )
-    rules: tuple[RuleName, ...] = Field(default=tuple(RULES), description="defects to look for")
-    source: tuple[Source, ...]
-    benchmark: tuple[Benchmark, ...] = ()
+    rules: tuple[RuleName, ...] = Field(default=tuple(RULES), description="Defects to look for.")
+    source: tuple[Source, ...] = Field(
+        description="Sources of rows, in order of preference: the first of several duplicates stays."
+    )
+    benchmark: tuple[Benchmark, ...] = Field(
+        default=(), description="Benchmarks whose questions must not be trained on. Only their prompts are read."
+    )
     duplicates: DuplicateSection = DuplicateSection()
     contamination: ContaminationSection = ContaminationSection()
     difficulty: DifficultySection = DifficultySection()
