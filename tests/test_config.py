@@ -111,6 +111,15 @@ def test_overrides_reach_nested_keys_with_their_types(tmp_path: Path) -> None:
     assert config.train.save_every == 3
 
 
+@pytest.mark.parametrize(("name", "misspelt"), [("samples_per_prompt", "samples_per_promt"), ("[rollout]", "[rolout]")])
+def test_a_misspelt_required_key_is_told_alone(tmp_path: Path, name: str, misspelt: str) -> None:
+    path = write(tmp_path, RL.replace(name, misspelt))
+    assert kind_of(read_values(path)) is RlConfig
+    with pytest.raises(ValueError, match=r"unknown key \S+; did you mean \S+\?$") as caught:
+        load_config(RlConfig, path)
+    assert misspelt.strip("[]") in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

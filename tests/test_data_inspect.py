@@ -94,7 +94,9 @@ def test_rows_reasons_and_domains_are_told_and_the_mapping_makes_our_rows(
 
 def test_what_cannot_be_inspected_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"a": 1, "b": 2})
-    with pytest.raises(ValueError, match=r"no layout fits .*a\.jsonl, whose columns are a, b; name the columns"):
+    with pytest.raises(
+        ValueError, match=r"no layout fits .*a\.jsonl, whose columns are a, b; name a preset .* prompt = .COLUMN."
+    ):
         run_inspect(str(path), "", None)
     with pytest.raises(ValueError, match="--preset must be one of ours, .*, got 'our'"):
         run_inspect(str(path), "our", None)

@@ -146,9 +146,9 @@ def test_the_rows_of_all_files_are_looked_at_before_a_model_is_built(tmp_path: P
     with pytest.raises(ValueError) as error:
         start_of(tmp_path, good, bad, tmp_path / "none.jsonl")
     for part in (
-        "bad.jsonl:1: field 'prompt'",
+        "bad.jsonl:1: there is no field 'prompt'",
         "'question' may be it",
-        "bad.jsonl:2: field 'answer'",
+        "bad.jsonl:2: there is no field 'answer'",
         "none.jsonl",
     ):
         assert part in str(error.value)

@@ -48,7 +48,7 @@ def test_the_real_math_rows_fit_the_contract():
     [
         ("{nope", ["not valid UTF-8 JSON", "one object per line"]),
         ([1, 2], ["must be a JSON object", "[1, 2]"]),
-        ({"domain": "math", "prompt": "1?"}, ["'answer'", "no such field", "fill it in"]),
+        ({"domain": "math", "prompt": "1?"}, ["no field 'answer'", "the row has 'domain', 'prompt'"]),
         ({**GOOD, "answer": True}, ["'answer'", "got True", "write it in quotes"]),
         ('{"domain": "math", "prompt": "1?", "answer": NaN}', ["'answer'", "got nan", "write it in quotes"]),
         ({**GOOD, "answer": [4, "5"]}, ["'answer'", "non-empty string", "got [4, '5']"]),
@@ -56,7 +56,10 @@ def test_the_real_math_rows_fit_the_contract():
         ({**GOOD, "domain": " "}, ["'domain'", "' '"]),
         ({**GOOD, "id": [7]}, ["'id'", "got [7]"]),
         ({**GOOD, "meta": "x"}, ["'meta'", "must be an object", "'x'"]),
-        ({"domain": "math", "prompt": "1?", "anser": "4"}, ["no such field", "its column 'anser' may be it"]),
+        (
+            {"domain": "math", "prompt": "1?", "anser": "4"},
+            ["there is no field 'answer'", "its column 'anser' may be it"],
+        ),
         ({"Question": "1?", "answer": "4"}, ["'prompt'", "its column 'Question' may be it", "megatron-rl inspect"]),
         ({"prompt": [{"role": "human", "content": "1?"}], "answer": "4"}, ["'prompt[0].role'", "megatron-rl inspect"]),
         ({**GOOD, "prompt": "\ud800"}, ["'prompt'", "surrogate"]),
@@ -121,7 +124,7 @@ def test_all_faults_of_the_first_rows_are_told_at_once_and_each_once(tmp_path):
     lines = str(error.value).split("\n  ")
     assert [line.replace(str(tmp_path), "") for line in lines] == [
         "the rows cannot be used, for 3 reasons:",
-        "/p.jsonl:1: field 'prompt' must be a non-empty string, got no such field; fill it in or drop the row; its "
+        "/p.jsonl:1: there is no field 'prompt'; the row has 'question', 'answer', 'domain'; its "
         "column 'question' may be it (3 more such rows)",
         "/p.jsonl:4: field 'answer' must be a non-empty string, got ''; fill it in or drop the row",
         "/p.jsonl:5: not valid UTF-8 JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char "

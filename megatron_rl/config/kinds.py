@@ -37,7 +37,7 @@ def kind_of(values: Mapping[str, Any]) -> type[Section]:
         return EvaluateConfig
     if "candidates" in values:
         return SelectConfig
-    if "rollout" not in values:
+    if not {"rollout", "reward", "budget", "algorithm"} & values.keys():
         return SftConfig
     return RlConfig if {"budget", "train", "optimizer", "algorithm"} & values.keys() else SamplingConfig
 

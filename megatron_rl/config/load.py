@@ -1,6 +1,7 @@
 """Turns TOML and `--set a.b=value` into the frozen configuration tree, with errors that name the key and the remedy."""
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,13 +25,14 @@ def load_config(kind: type[C], path: str | Path, overrides: Iterable[str] = (), 
     without_weights: of a model of the Hugging Face Hub only the configuration is fetched.
     """
     folders: list[Path] = []
+    overrides = list(overrides)
     values = read_values(Path(path), overrides, folders)
     try:
         return kind.model_validate(values, context={"folders": folders, "without_weights": without_weights})
     except ValidationError as error:
-        lines = [_explain(kind, problem) for problem in error.errors()]
+        lines = _explained(kind, error.errors())
         more = f"; and {len(lines) - _TOLD} more" if len(lines) > _TOLD else ""
-        raise ValueError(f"{path}: " + "; ".join(lines[:_TOLD]) + more) from None
+        raise ValueError(f"{path}{' with --set' if overrides else ''}: " + "; ".join(lines[:_TOLD]) + more) from None
 
 
 def read_values(path: Path, overrides: Iterable[str] = (), folders: list[Path] | None = None) -> dict[str, Any]:
@@ -107,6 +109,21 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     values[leaf] = value
 
 
+def _explained(kind: type[BaseModel], problems: Sequence[Any]) -> list[str]:
+    """Explain problems, unknown keys first. A key that is missing beside one, or that one probably means, is not
+    told: it may be there, misspelt."""
+    unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
+    lines = [_explain(kind, problem) for problem in unknown]
+    sections, told = {problem["loc"][:-1] for problem in unknown if len(problem["loc"]) > 1}, " ".join(lines)
+    for problem in problems:
+        is_hidden = problem["type"] == "missing" and (
+            problem["loc"][:-1] in sections or f"did you mean {'.'.join(map(str, problem['loc']))}?" in told
+        )
+        if problem not in unknown and not is_hidden:
+            lines.append(_explain(kind, problem))
+    return lines
+
+
 def _explain(kind: type[BaseModel], problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
@@ -120,6 +137,7 @@ def _explain(kind: type[BaseModel], problem: Any) -> str:
 def _meant(where: str, value: Any, known: Sequence[str]) -> str:
     """Say what an unknown key or section probably means: by what others call it, then by its name, then by its
     spelling."""
+    where = re.sub(r"\.\d+(?=\.)", "", where)  # of an item of a list of tables
     if isinstance(value, dict):
         inner = {f"{where}.{name}": keys_called(f"{where}.{name}", known) for name in value}
         here = [f"{name} is {keys[0]} here" for name, keys in inner.items() if keys]

@@ -65,10 +65,11 @@ def text_of(row: Mapping[str, Any], name: str) -> str:
         value = str(value)
     elif name == "answer" and (isinstance(value, dict) or is_list_of_texts(value)):
         value = json.dumps(value, ensure_ascii=False)
+    if name not in row:
+        raise Wrong(f"there is no field {name!r}; the row has {', '.join(map(shown, row)) or 'none'}")
     if not isinstance(value, str) or not value.strip():
-        got = shown(value) if name in row else "no such field"
         remedy = "write it in quotes" if isinstance(value, bool | float) else "fill it in or drop the row"
-        raise Wrong(f"field {name!r} must be a non-empty string, got {got}; {remedy}")
+        raise Wrong(f"field {name!r} must be a non-empty string, got {shown(value)}; {remedy}")
     _refuse_half_pairs(value, name)
     return value
 

@@ -55,8 +55,9 @@ def run_inspect(pattern: str, preset: str, output: Path | None) -> str:
     if not keys:
         columns = ", ".join(objects[0]) if objects else "none"
         raise ValueError(
-            f"no layout fits {pattern}, whose columns are {columns}; name the columns in a [[source]] yourself "
-            f"(docs/data.md), or a preset with --preset: {', '.join(PRESETS)}"
+            f"no layout fits {pattern}, whose columns are {columns}; name a preset with --preset "
+            f"({', '.join(PRESETS)}), or write a file for tools/prepare_data.py yourself (docs/data.md): output = "
+            f'"FOLDER", and below [[source]] path = "{pattern}", prompt = "COLUMN", answer = "COLUMN", domain = "math"'
         )
     layout = layout_of(keys)
     text = _told(pattern, keys, preview(rows, layout, pattern), objects)
