@@ -84,10 +84,27 @@ def test_the_keys_to_set_are_printed_and_a_plan_with_them_has_no_problem(capsys:
     assert "a training gpu needs about" in said
     out, said = plan(capsys, *wrong, code=0, gpu_memory_gb=40.0)
     assert said == ""
-    first = out[out.index("suggested") :].partition("\nor ")[0]
+    first = out[out.index("\nsuggested") :].partition("\nor ")[0]
+    assert "as it is" not in out  # it does not fit
     keys = [line.split("'")[1] for line in first.splitlines() if line.strip().startswith("--set")]
     assert any(key.startswith("parallel.") for key in keys)
     assert plan(capsys, *wrong, *keys, code=0, suggest=False, gpu_memory_gb=40.0)[1] == ""
+
+
+def test_the_configuration_is_told_by_the_same_estimate_and_unfinished_responses_make_it_faster(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = {}
+    for partial in ("false", "true"):
+        out, _ = plan(capsys, f"rollout.partial={partial}", code=0, json=True, gpu_memory_gb=141.0)
+        found[partial] = json.loads(out)
+    as_it_is, suggested = (found["false"][name] for name in ("as_it_is", "suggestions"))
+    assert as_it_is["set"] == {}
+    assert suggested[0]["step_seconds"] <= as_it_is["step_seconds"] * (1 + _SAME)
+    assert as_it_is["host_memory"] == found["false"]["memory"]["host"]["total"]
+    # Slots are never empty while unfinished responses go on under the next weights.
+    assert found["true"]["as_it_is"]["seconds"]["rollout"] < 0.9 * as_it_is["seconds"]["rollout"]
+    assert found["true"]["as_it_is"]["seconds"]["train"] == as_it_is["seconds"]["train"]
 
 
 def test_where_nothing_fits_that_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,13 +38,15 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
 def _suggest(plan: dict[str, Any], config: CommandConfig, cluster: ClusterSection) -> None:
     """Add the fastest layouts that fit to a plan. The plan's problems become those of the first of them."""
-    from megatron_rl.plan.suggest import suggest
+    from megatron_rl.plan.suggest import Search, suggest
 
     if not isinstance(config, RunConfig):
         raise ValueError("--suggest is for what trains; this file is for another command")
     architecture, _ = shape_of(config)
     found = suggest(config, architecture, cluster)
     plan["suggestions"] = [one.as_dict() for one in found]
+    for as_it_is in Search(config, architecture, cluster).evaluated(config):  # none where it does not fit
+        plan["as_it_is"] = as_it_is.as_dict()
     if found:
         plan["problems"] = problems_of(found[0].config, cluster)
     else:

@@ -20,7 +20,7 @@ from megatron_rl.families import Architecture
 from megatron_rl.memory import ITEM_BYTES, OPTIMIZER_BYTES, trained_parameters
 from megatron_rl.simulation.cluster import forward_passes, passes_of_training, pipeline_bubble
 from megatron_rl.simulation.rates import Rates
-from megatron_rl.simulation.rollout import Engines, roll_out
+from megatron_rl.simulation.rollout import Engines, OpenGroup, roll_out, roll_out_partially
 from megatron_rl.simulation.workload import Workload, assumed
 
 # Bytes/s: of a GPU's memory at half of nominal, between the GPUs of a node, between nodes, and to the host.
@@ -31,6 +31,7 @@ _TRAIN_FLOPS, _MICRO_BATCH_SECONDS, _OPTIMIZER_SECONDS, _SYNC_SECONDS, _SWITCH_S
 # Passes in which ranks exchange a layer's tokens: forward, backward, and the recomputed one.
 _PASSES, _RECOMPUTED = 2, 1
 _PHASES = 3  # until it is known what a prompt brings
+_PARTIAL_PHASES = 8  # of C3PO++; the second half counts, which goes on with what phases before left unfinished
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +53,22 @@ class SpeedModel:
         count = nodes * max(1, self.cluster.gpus_per_node // engine_gpus)
         engines = Engines(count=count, slots=slots, rates=self._engine_rates(engine_gpus, slots))
         take = self._workload.draw(rollout.samples_per_prompt, 0).take
-        known, seconds = {ANY: PromptYield()}, 0.0
-        for _ in range(_PHASES):
+        known, seconds, unfinished = {ANY: PromptYield()}, [], list[OpenGroup]()
+        for _ in range(_PARTIAL_PHASES if rollout.partial else _PHASES):
             if config.has_budget and budget.under_full == "refill":
                 budgets = config.phase_budgets(self.cluster.training_ranks)
                 (need,) = shortfalls(budgets, {ANY: 1.0}, {}, known, rollout.max_response_tokens, budget.margin)
             else:
                 need = Shortfall(unit="groups", missing=rollout.prompts_per_step)
-            seconds = roll_out(engines, take, need, rollout.prompts_per_step, budget.max_waves, False).seconds
+            if rollout.partial:
+                size, retention = rollout.samples_per_prompt, rollout.max_retention
+                rolled = roll_out_partially(engines, take, need, unfinished, size, retention, False)
+                unfinished = list(rolled.unfinished)
+            else:
+                rolled = roll_out(engines, take, need, rollout.prompts_per_step, budget.max_waves, False)
+            seconds.append(rolled.seconds)
             known = {ANY: need.per_prompt}
-        return seconds
+        return float(np.mean(seconds[_PARTIAL_PHASES // 2 :] or seconds[-1:]))
 
     def train_seconds(self, config: RunConfig, layout: Layout) -> float:
         """Predict the optimizer steps of a step, as if its tokens were divided evenly. config: its recomputation

@@ -12,7 +12,7 @@ from megatron_rl.config.layout import Layout
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import RlConfig, RunConfig
 from megatron_rl.families import Architecture
-from megatron_rl.memory import RankBytes, rank_bytes
+from megatron_rl.memory import RankBytes, host_bytes, rank_bytes
 from megatron_rl.model import backends
 from megatron_rl.plan.gpus import gpu_bytes
 from megatron_rl.plan.servers import GIB
@@ -33,12 +33,14 @@ _TENSOR, _SHARE = ("--tp-size", "--tp", "--tensor-parallel-size"), ("--mem-fract
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suggestion:
     """Holds one layout. config: with everything set. keys: the settings that differ from the configuration, by key.
-    seconds: predicted for a step, by part. memory: bytes of the fullest GPU of each kind."""
+    seconds: predicted for a step, by part. memory: bytes of the fullest GPU of each kind. host_bytes: of a training
+    node's memory."""
 
     config: RunConfig
     keys: dict[str, Any]
     seconds: dict[str, float]
     memory: dict[str, int]
+    host_bytes: int
 
     @property
     def step_seconds(self) -> float:
@@ -51,6 +53,7 @@ class Suggestion:
             "step_seconds": round(self.step_seconds, 2),
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
             "memory": self.memory,
+            "host_memory": self.host_bytes,
         }
 
 
@@ -99,7 +102,10 @@ class Search:
                     yield from self._evaluated(_with_servers(trained, changes), *state, margin)
 
     def evaluated(self, config: RunConfig, margin: float = 1.0) -> Iterator[Suggestion]:
-        """Yield what is predicted for one configuration, if it fits."""
+        """Yield what is predicted for one configuration, if it divides the model and fits."""
+        layout = config.parallel.layout(self._cluster.training_ranks)
+        if any(layout.problems(self._architecture)):
+            return
         yield from self._evaluated(config, *self._trainer(config), margin)
 
     def _trainer(self, config: RunConfig) -> tuple[RankBytes, float]:
@@ -120,7 +126,15 @@ class Search:
         seconds = {"train": train_seconds, "pauses": self._speed.pause_seconds(config, layout)}
         if isinstance(config, RlConfig):
             seconds = {"rollout": self._generation_seconds(config, numbers)} | seconds
-        yield Suggestion(config=config, keys=self._changes(config), seconds=seconds, memory=totals)
+        ranks = self._cluster.gpus_per_node
+        host = host_bytes(config, self._architecture, layout, ranks) | memory["host"]
+        yield Suggestion(
+            config=config,
+            keys=self._changes(config),
+            seconds=seconds,
+            memory=totals,
+            host_bytes=sum(host.values()),
+        )
 
     def _limit(self, margin: float) -> int:
         return round(self._cluster.gpu_memory_gb * GIB * margin)

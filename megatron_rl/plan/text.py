@@ -22,6 +22,7 @@ def as_text(plan: dict[str, Any]) -> str:
         *(("memory", _memory(name, parts, plan)) for name, parts in plan.get("memory", {}).items()),
         ("step", _step(plan)),
         ("launch", iter(plan["launch"])),
+        ("as it is", _as_it_is(plan)),
         *(("suggested" if i == 0 else "or", _suggestion(one)) for i, one in enumerate(plan.get("suggestions", ()))),
     ):
         lines += [f"{title if number == 0 else '':<10}{line}" for number, line in enumerate(part)]
@@ -150,10 +151,11 @@ def _servers(plan: dict[str, Any]) -> Iterator[str]:
         told = f"{servers['idle_gpus']} of a node's {plan['cluster']['gpus_per_node']} GPUs do not generate"
         yield f"{told}: raise rollout.servers, or --tp-size in rollout.sglang_arguments"
     yield f"each answers up to {servers['slots']} requests at a time"
-    yield (
-        f"its cache holds {servers['full_length_responses']:,} responses of full length "
-        f"({servers['max_sequence_tokens']:,} tokens with the prompt)"
-    )
+    held = servers["full_length_responses"]
+    longest = f"{servers['max_sequence_tokens']:,} tokens with the prompt"
+    yield f"its cache holds {held:,} responses of full length ({longest})"
+    if held < servers["slots"] and "step" in plan:
+        yield f"`step` is predicted as if it held {servers['slots']:,}; `--suggest` counts what it holds"
 
 
 def _memory(name: str, parts: dict[str, int], plan: dict[str, Any]) -> Iterator[str]:
@@ -190,12 +192,18 @@ def _step(plan: dict[str, Any]) -> Iterator[str]:
     yield f"by the rates of {step['rates']}; lengths {step['lengths']}"
 
 
+def _as_it_is(plan: dict[str, Any]) -> Iterator[str]:
+    """Yield what the suggestions compare with. Their estimate is another one than that of `step`."""
+    if "as_it_is" in plan:
+        yield from _suggestion(plan["as_it_is"])
+        yield "by the estimate of the suggestions, which counts what caches hold and ranks exchange; `step` does not"
+
+
 def _suggestion(found: dict[str, Any]) -> Iterator[str]:
     parts = ", ".join(f"{name} {_short(value)}" for name, value in found["seconds"].items() if value)
     yield f"{_short(found['step_seconds'])} s a step predicted: {parts}"
-    yield ", ".join(f"{name.replace('_', ' ')} {size / GIB:.1f} GiB" for name, size in found["memory"].items())
-    if not found["set"]:
-        yield "the configuration as it is"
+    memory = {**found["memory"], "host": found["host_memory"]}
+    yield ", ".join(f"{name.replace('_', ' ')} {size / GIB:.1f} GiB" for name, size in memory.items())
     for key, value in found["set"].items():
         yield f"--set '{key}={json.dumps(value)}'"
 
