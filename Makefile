@@ -198,6 +198,7 @@ check: install  ## lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/python tools/lint_encodings.py
 	$(BIN)/mypy
+	$(BIN)/mypy tools examples/ring_lite/*.py
 
 format: install  ## apply the formatter and safe fixes
 	$(BIN)/ruff check --fix .

@@ -13,7 +13,7 @@ from sandboxed import why_not
 from megatron_rl.cli import command_parser
 from megatron_rl.config.kinds import kind_of
 from megatron_rl.config.load import load_config, read_values
-from megatron_rl.config.schema import RlConfig, SftConfig
+from megatron_rl.config.schema import RlConfig, SamplingConfig, SftConfig
 from megatron_rl.config.selection import SelectConfig
 from megatron_rl.reward.code import judge_code
 from megatron_rl.reward.math import judge_boxed, settle_math
@@ -181,6 +181,16 @@ def test_every_comparison_names_configurations_that_are_there() -> None:
     for arms in compare.COMPARISONS.values():
         for configs in arms.values():
             assert all((EXAMPLE / f"{config}.toml").is_file() for config in configs)
+
+
+@pytest.mark.parametrize("folder", ["cpu_mini", "joint", "ablations"])
+def test_tables_by_domain_name_domains_that_the_rows_have(folder: str) -> None:
+    """Check what a start would refuse: files of rows are named by their domain (domains.py)."""
+    for path in sorted((EXAMPLE / folder).glob("*.toml")):
+        config = load_config(kind_of(read_values(path)), path)
+        if isinstance(config, SamplingConfig):
+            there = {file.name.partition("_")[0] for file in config.data.train_files}
+            assert config.reward.domains.keys() <= there, path
 
 
 def test_intervals_over_seeds_are_students() -> None:

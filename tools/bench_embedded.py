@@ -92,7 +92,7 @@ async def measure(connections: list[Connection], batch: int, arguments: argparse
 
 
 async def bench(url: str, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
-    results = {}
+    results: dict[str, dict[str, float]] = {}
     connections = [Connection(url) for _ in range(max(arguments.batches))]
     for batch in arguments.batches:
         await measure(connections, batch, arguments)

@@ -87,7 +87,7 @@ def main() -> None:
         folder = Path(name)
         make_tiny_model([str(folder / "model")])
         result: dict[str, Any] = {}
-        shared = {"max_running_requests": SLOTS, "context_length": 128}
+        shared: dict[str, Any] = {"max_running_requests": SLOTS, "context_length": 128}
 
         def serve(server: GenerationServer) -> list[dict[str, Any]]:
             """Measure a server. Return the answers of the last round."""

@@ -39,7 +39,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -156,7 +156,7 @@ class Bench:
     @contextlib.contextmanager
     def without_head(self) -> Any:
         whole = self.trainer.model
-        self.trainer.model = replace(whole, head=WithoutHead())
+        self.trainer.model = replace(whole, head=cast(Any, WithoutHead()))
         yield
         self.trainer.model = whole
 
@@ -170,8 +170,8 @@ class Bench:
         try:
             for name, method in own.items():
                 setattr(optimizer, name, marked("optimizer", method))
-            trainer.model = replace(model, head=marked("head", model.head))
-            found = seconds_by_part(lambda: self.step(batch, count), device.on_cuda())
+            trainer.model = replace(model, head=cast(Any, marked("head", model.head)))
+            found: Any = seconds_by_part(lambda: self.step(batch, count), device.on_cuda())
         finally:
             trainer.model = model
             for name in own:
@@ -420,8 +420,8 @@ def measure(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
         found |= measure_choice(shape, arguments)
         return
     if arguments.reference:
-        layers = {"num_hidden_layers": arguments.reference}
-        found |= measure_reference(shape.model_copy(update=layers), arguments)
+        cut = {"num_hidden_layers": arguments.reference}
+        found |= measure_reference(shape.model_copy(update=cut), arguments)
         return
     longest = max(arguments.lengths, key=lambda n: sum(micro_batch_lengths(n, arguments.tokens)))
 

@@ -96,7 +96,6 @@ class Bench:
                     token_ids=ids[n * length : (n + 1) * length].astype(np.int32),
                     loss_positions=np.arange(1, length, dtype=np.int32),
                     weight=1.0,
-                    advantage=0.0,
                     rollout_logprobs=np.full(length - 1, np.nan, np.float32),
                     num_stale_tokens=length - 1,
                 )

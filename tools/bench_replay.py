@@ -48,7 +48,7 @@ def sample(model: Path, prompts: list[list[int]], arguments: argparse.Namespace)
     """Sample responses by prompt, from a server of its own."""
     rollout = RolloutSection(
         engine="embedded" if arguments.sglang is None else "sglang",
-        sglang_arguments=(arguments.sglang or "").split(),
+        sglang_arguments=tuple((arguments.sglang or "").split()),
         servers=1,
         router_replay=True,
         prompts_per_step=1,
@@ -64,7 +64,7 @@ def sample(model: Path, prompts: list[list[int]], arguments: argparse.Namespace)
 
         async def run() -> list[list[Completion]]:
             client = GenerationClient(supervisor.urls[0], key_of=supervisor.key_of)
-            options = {"temperature": 1.0, "timeout_seconds": 300.0, "routed": shape}
+            options: dict[str, Any] = {"temperature": 1.0, "timeout_seconds": 300.0, "routed": shape}
             wanted = [
                 [
                     SampleRequest(input_ids=p, seed=s, max_new_tokens=arguments.new_tokens)
@@ -82,7 +82,7 @@ def sample(model: Path, prompts: list[list[int]], arguments: argparse.Namespace)
         return asyncio.run(run())
 
 
-def trainer_of(model: Path, dtype: str) -> Trainer:
+def trainer_of(model: Path, dtype: Any) -> Trainer:
     layout = Layout(world_size=1)
     initialize_parallel(layout, deadline_seconds=600, seed=0)
     section = ModelSection(path=model, dtype=dtype, layers="local")

@@ -136,8 +136,8 @@ def compared(path: Path, in_sample: bool | None, args: argparse.Namespace) -> Ro
             "ours": agreement(part, ours) | speed(ours, seconds, args.workers),
             "math_verify": agreement(part, theirs) | speed(theirs, their_seconds, args.workers),
         }
-        for row, mine, other in zip(part, ours, theirs, strict=True):
-            by_kind[kind_of(row)].append((row, mine, other))
+        for row, own, other in zip(part, ours, theirs, strict=True):
+            by_kind[kind_of(row)].append((row, own, other))
     for kind, judged_rows in by_kind.items():
         part = [row for row, _, _ in judged_rows]
         mine, others = [v for _, v, _ in judged_rows], [v for _, _, v in judged_rows]

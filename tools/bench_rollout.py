@@ -13,6 +13,7 @@
 import argparse
 import asyncio
 import dataclasses
+import functools
 import json
 import random
 import statistics
@@ -70,6 +71,7 @@ class Traced(ServerPool):
     """Gives every response the length of its place in the trace, wherever it is resumed."""
 
     __slots__ = ("trace",)
+    trace: Any
 
     def length_of(self, one: SampleRequest) -> int:
         return int(self.trace[one.seed % len(self.trace)])
@@ -184,7 +186,7 @@ async def phases(sampler: Sampler, partial: bool, num_phases: int, budget: int) 
             found = await sampler.fill_partially(resumed, take, step, [shortfall], everything, 100)
         else:
             found = await fill_in_waves(
-                lambda count, step=step: sampler.sample(take(ANY, count), step),
+                functools.partial(lambda step, count: sampler.sample(take(ANY, count), step), step),
                 ROLLOUT.prompts_per_step,
                 shortfall,
                 everything,

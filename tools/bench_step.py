@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """
@@ -55,7 +56,7 @@ MEASURED = (
 
 def measure(steps: int, folder: Path, nproc: int) -> dict[str, float]:
     """Return the medians of a real `megatron-rl train` run."""
-    python = [sys.executable]
+    python: list[str | Path] = [sys.executable]
     subprocess.run(
         [*python, ROOT / "tools/make_tiny_model.py", folder / "model", "--vocab-size", "512"],
         check=True,
@@ -94,7 +95,7 @@ def main(argv: list[str]) -> int:
     if bool(arguments.trl_python) != bool(arguments.trl_script):
         parser.error("--trl-python and --trl-script go together")
     with tempfile.TemporaryDirectory(prefix="megatron_rl-bench-") as folder:
-        result = {"benchmark": "step", "cpu_count": os.cpu_count(), "load_average": os.getloadavg()}
+        result: dict[str, Any] = {"benchmark": "step", "cpu_count": os.cpu_count(), "load_average": os.getloadavg()}
         result["megatron_rl"] = ours = measure(arguments.steps, Path(folder), arguments.nproc)
     if arguments.trl_python:
         trl = measure_trl(arguments.trl_python, arguments.trl_script, arguments.steps)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -107,7 +108,7 @@ def write_model(gguf: Path, out: Path) -> None:
     name_tokenizer_class(out / "tokenizer_config.json")
 
 
-def plain_fields(config) -> dict:
+def plain_fields(config: Any) -> dict[str, Any]:
     """Return the fields of a configuration that was read from GGUF, without what they say about GGUF."""
     fields = config.to_dict()
     for name in ("_name_or_path", "_model_name_or_path", "quantization_config"):
@@ -117,7 +118,7 @@ def plain_fields(config) -> dict:
     return fields
 
 
-def split_digits(tokenizer) -> None:
+def split_digits(tokenizer: Any) -> None:
     """Cut numbers into digits before anything else, which is what GGUF's pre-tokenizer `smollm` means.
 
     transformers reads GGUF files with GPT-2's pre-tokenizer alone, which takes the spaces before a number apart

@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from megatron_rl.cli import quieten_libraries
 from megatron_rl.data.chat import load_tokenizer
@@ -101,7 +102,7 @@ def _run(arguments: argparse.Namespace) -> int:
         work.write(files)
         files.finish()
     domains = dict(sorted(work.domains.items()))
-    summary = {
+    summary: dict[str, Any] = {
         "rollouts": [str(path) for path in arguments.rollouts],
         "selection": asdict(selection),
         "files": {str(path): count for path, count in files.num_rows.items()},

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         parser.error(str(error))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    files = {
+    files: dict[str, list[Any]] = {
         "sft.jsonl": [as_chat(problem) for problem in data.train[: arguments.num_sft]],
         "train.jsonl": [as_prompt(problem) for problem in data.train[arguments.num_sft :]],
         "test.jsonl": [as_prompt(problem) for problem in data.test],

@@ -25,7 +25,7 @@ def run_python(title: str, *command: object) -> None:
     except KeyboardInterrupt:
         code = process.wait()  # the terminal gave the stage its Ctrl-C too: let it save and stop its server
     if code:
-        raise subprocess.CalledProcessError(code, command)
+        raise subprocess.CalledProcessError(code, [str(part) for part in command])
 
 
 def settings(values: Mapping[str, object]) -> list[str]:

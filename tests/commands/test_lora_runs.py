@@ -1,6 +1,8 @@
 """Tests a whole run with adapters, as a user starts it."""
 
 import json
+import math
+import os
 import sys
 from pathlib import Path
 
@@ -86,3 +88,25 @@ def test_supervised_training_of_adapters_learns_goes_on_bit_by_bit_and_leaves_a_
     done = forked.run([*command, "--resume"], timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert all(torch.equal(again, whole[name]) for name, again in tensors_of(run / "hf").items())
+
+
+def test_the_benchmark_of_adapters_at_a_tiny_size(model: Path) -> None:
+    command = [sys.executable, ROOT / "tools/bench_lora.py", model, "--ranks", "4", "--rates", "1e-2", "--rounds", "1"]
+    command += ["--steps", "1", "3", "--tokens", "64", "--length", "32", "--dtype", "bfloat16"]
+    done = forked.run(command, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    whole, adapted = found["training"]
+    assert (whole["rank"], adapted["rank"]) == (None, 4)
+    sizes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
+    assert whole["trained_parameters"] == sum(math.prod(shape) for shape in sizes.values())
+    # In each layer A is [4, inputs] and B [outputs, 4]; queries, keys and values share an A, and so do gate and up.
+    layer = "model.layers.0."
+    shape = {name.removeprefix(layer).removesuffix(".weight"): one for name, one in sizes.items() if layer in name}
+    outputs = sum(rows for name, (rows, _) in ((n, s) for n, s in shape.items() if "proj" in n))
+    inputs = sum(shape[f"{name}_proj"][1] for name in ("self_attn.q", "self_attn.o", "mlp.gate", "mlp.down"))
+    assert adapted["trained_parameters"] == 2 * 4 * (inputs + outputs)
+    first, last = found["rounding"]
+    assert (first["step"], last["step"]) == (1, 3)
+    assert last["moved_mean"] > first["moved_mean"] > 0
+    assert 0 < last["lora_update_kept"] < 1.5

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ CORE = (
 )
 READY_SECONDS = 240.0
 # 2.3 billion weights: 4.6 GB in bf16, in nine buckets.
-LARGE = {"--hidden-size": 2048, "--layers": 4, "--heads": 16, "--kv-heads": 4, "--experts": 64}
+LARGE: dict[str, int | str] = {"--hidden-size": 2048, "--layers": 4, "--heads": 16, "--kv-heads": 4, "--experts": 64}
 LARGE |= {"--experts-per-token": 6, "--moe-intermediate-size": 1408, "--shared-experts": 2, "--dtype": "bfloat16"}
 SMALL = {"--hidden-size": 64, "--layers": 3, "--experts": 6, "--moe-intermediate-size": 32}
 # The limit of the mean difference of log-probs of server and trainer in a step; the reason is in
@@ -175,7 +176,7 @@ def main() -> int:
         trial.part("loop_disk", 150, lambda seconds: loop(trial, folder, "disk", seconds))
         trial.part("loop_ipc", 150, lambda seconds: loop(trial, folder, "ipc", seconds))
         for dtype in ("float32", "bfloat16"):
-            trial.part(f"replay_{dtype}", 90, lambda seconds, dtype=dtype: replay(trial, dtype, seconds))
+            trial.part(f"replay_{dtype}", 90, partial(replay, trial, dtype))
         trial.part("push", 240, lambda seconds: push(trial, folder, seconds))
     return end(trial)
 

@@ -10,8 +10,10 @@ ones.
 import importlib.metadata
 import subprocess
 import sys
+from functools import partial
+from typing import Any
 
-from parts import PartFailed, end, run_bench, trial_of
+from parts import PartFailed, Trial, end, run_bench, trial_of
 
 IMPORT = "import torch, transformer_engine.pytorch as te; te.Linear(64, 64, device='cuda')(torch.ones(8, 64).cuda())"
 
@@ -34,6 +36,10 @@ def load(is_dry: bool, seconds: float) -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
+def run_part(trial: Trial, name: str, options: list[str], seconds: float) -> Any:
+    return run_bench(trial, name, "8192", seconds, *options)
+
+
 def main() -> int:
     trial = trial_of("te", __doc__ or "")
     from values import check_values
@@ -46,7 +52,7 @@ def main() -> int:
     few = ["--choices", "", "--recompute", "none", "--skip", "head,export,reference"]
     for name, asked in (("its_layers", layers), ("local_layers", "local")):
         options = [*few, "--model", f"layers={asked}"]
-        trial.part(name, 150, lambda s, name=name, options=options: run_bench(trial, name, "8192", s, *options))
+        trial.part(name, 150, partial(run_part, trial, name, options))
     return end(trial)
 
 
