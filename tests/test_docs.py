@@ -14,6 +14,8 @@ import docs_reference  # noqa: E402
 import docs_tutorials  # noqa: E402
 from docs_tutorials import Command, File, matches, steps_of  # noqa: E402
 
+from megatron_rl.config.load import load_config  # noqa: E402
+from megatron_rl.config.schema import RlConfig  # noqa: E402
 from megatron_rl.preflight.registry import CHECKS, THOROUGH  # noqa: E402
 
 
@@ -62,6 +64,14 @@ def test_the_reference_has_every_key_command_and_check() -> None:
     assert "--resume" in commands
     assert all(f"| `{name}` |" in codes for name in (*CHECKS, *THOROUGH))
     assert all(f"| {code} | EXIT_" in codes for code in (0, 1, 2, 75, 130, 141))
+
+
+def test_the_configuration_of_the_readme_is_complete(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Your model, data and reward\n")[2]
+    block = [line[4:] for line in text.partition("`megatron-rl check")[0].splitlines() if line.startswith("    ")]
+    (tmp_path / "mine.toml").write_text("\n".join(block))
+    (tmp_path / "reward.py").write_text("def score(response, answer): return 0.0\n")
+    assert load_config(RlConfig, tmp_path / "mine.toml").budget.tokens == 131072
 
 
 def test_no_cell_of_the_reference_ends_its_table() -> None:

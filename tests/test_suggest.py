@@ -107,6 +107,18 @@ def test_the_configuration_is_told_by_the_same_estimate_and_unfinished_responses
     assert found["true"]["as_it_is"]["seconds"]["train"] == as_it_is["seconds"]["train"]
 
 
+def test_what_is_suggested_is_predicted_the_same_once_it_is_set(capsys: pytest.CaptureFixture[str]) -> None:
+    """Check it with rates that are of engines of four GPUs, whatever the engines of the file have."""
+    rates = ROOT / "examples/ring_lite/rates/h800_assumed.toml"
+    for size in (2, 4):
+        before = [f'rollout.sglang_arguments=["--tp-size", "{size}", "--mem-fraction-static", "0.4"]']
+        suggested = json.loads(plan(capsys, *before, code=0, json=True, rates=rates)[0])["suggestions"][0]
+        keys = [f"{key}={json.dumps(value)}" for key, value in suggested["set"].items()]
+        after = json.loads(plan(capsys, *before, *keys, code=0, json=True, rates=rates)[0])["as_it_is"]
+        assert after["seconds"] == suggested["seconds"]
+        assert (after["memory"], after["host_memory"]) == (suggested["memory"], suggested["host_memory"])
+
+
 def test_where_nothing_fits_that_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     _, said = plan(capsys, code=2, gpus_per_node=1, gpu_memory_gb=16.0)
     assert "no layout fits on 1 x 1 GPUs of 16 GiB" in said

@@ -78,6 +78,11 @@ def test_a_run_that_learns_is_not_spoken_of() -> None:
             "the entropy is 0.004 nats per token",
             ["the policy has collapsed"],
         ),
+        (
+            {"uniform_group_share": 1.0, "reward": 1.0, "ratio_max": 8.5},
+            "(mean reward 1), so nothing is learned",
+            ["steps are too large, and the policy has collapsed (ratio_max 8.5)", "too easy"],
+        ),
         ({"entropy": 0.004}, "the entropy is 0.004 nats per token", ["optimizer.learning_rate", "temperature"]),
     ],
 )

@@ -37,7 +37,7 @@ _PARTIAL_PHASES = 8  # of C3PO++; the second half counts, which goes on with wha
 @dataclass(frozen=True, kw_only=True)
 class SpeedModel:
     """Predicts the seconds of one configuration on one cluster, under different layouts. rates: those of the file, if
-    there is one; its `decode` is that of an engine as the configuration has it."""
+    there is one."""
 
     config: RunConfig
     architecture: Architecture
@@ -172,7 +172,7 @@ class SpeedModel:
         launch = _LAUNCH_SECONDS + _REDUCE_SECONDS * np.log2(gpus)
         if self.rates is not None:
             assert isinstance(self.config, RlConfig)
-            measured = self.config.rollout.sglang_gpus
+            measured = self.rates.engine_gpus or self.config.rollout.sglang_gpus
             whole = float(self.rates.iteration_seconds(np.array([running]))[0])
             of_launch = min(whole, _LAUNCH_SECONDS + _REDUCE_SECONDS * np.log2(measured))
             return float(launch + (whole - of_launch) * measured / gpus)

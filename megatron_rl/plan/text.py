@@ -190,6 +190,11 @@ def _step(plan: dict[str, Any]) -> Iterator[str]:
     idle = ", ".join(f"{cause.replace('_', ' ')} {share:.0%}" for cause, share in causes if share >= 0.005)
     yield f"GPUs idle {1 - step['busy']:.0%} of the time: {idle}"
     yield f"by the rates of {step['rates']}; lengths {step['lengths']}"
+    if "engine_gpus" in step:
+        yield (
+            f"these rates are of engines of {step['rates_of_gpus']} GPUs; here one has {step['engine_gpus']}: "
+            "`--suggest` scales them, this line does not"
+        )
 
 
 def _as_it_is(plan: dict[str, Any]) -> Iterator[str]:

@@ -88,6 +88,9 @@ def _step(config: RlConfig, architecture: Architecture, cluster: ClusterSection,
     rates = load_config(Rates, path)
     workload = assumed(config, cluster)
     told = {"rates": str(path), "lengths": workload.told, "run_steps": config.train.steps}
+    gpus = config.rollout.sglang_gpus if config.rollout.engine == "sglang" else 0
+    if gpus and rates.engine_gpus not in (0, gpus):
+        told |= {"rates_of_gpus": rates.engine_gpus, "engine_gpus": gpus}
     try:
         return told | forecast(config, architecture, cluster, rates, workload, _SIMULATED_STEPS)
     except CannotSimulate as error:

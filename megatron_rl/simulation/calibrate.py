@@ -99,6 +99,7 @@ def calibrate(run_dir: Path, config: RlConfig, cluster: ClusterSection, cost: Co
     rest = np.mean([row["step_seconds"] - sum(row[name] for name in known) for row in rows])
     return Rates(
         decode=tuple((n, _rounded(n / (fixed + per_running * n))) for n in (1, slots)),
+        engine_gpus=config.rollout.sglang_gpus if config.rollout.engine == "sglang" else 0,
         response_seconds=_rounded(per_response),
         train_flops=_rounded(forward_passes(config) / (per_flop * layout.world_size / layout.data)),
         micro_batch_seconds=_rounded(per_micro_batch),

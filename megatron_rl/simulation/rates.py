@@ -34,6 +34,10 @@ class Rates(Section):
         "or more numbers of responses. Between and beyond them the time of an iteration is linear. With one pair it "
         "is constant.",
     )
+    engine_gpus: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="Number of GPUs of the engine that `decode` is of. 0: as many as the configuration has.",
+    )
     response_seconds: Seconds = Field(
         default=0.0, description="Seconds per response on its engine beside decoding: prefill, HTTP, the reward."
     )

@@ -18,6 +18,7 @@ STEPS = 3
 AGAIN_STEPS = 50
 _NO_ANSWER_SHARE = 0.5
 _ERROR_SHARE = 0.01
+_LARGE_RATIO = 5.0  # of new to old probability of a token; clipping keeps most within 0.8 and 1.3
 _TRUNCATED_SHARE = 0.25
 # In nats per token. Policies that still learn have ten times as much.
 _LEAST_ENTROPY = 0.01
@@ -84,6 +85,8 @@ def _uniform(row: Row) -> str:
         causes = _all_wrong(row)
     elif correct >= 1:
         causes = ("the problems are too easy for the model (choose others)", "the reward accepts any answer")
+    if row.get("ratio_max", 0.0) > _LARGE_RATIO:
+        causes = (f"steps are too large, and the policy has collapsed (ratio_max {row['ratio_max']:.3g})", *causes)
     return (
         f"all responses of a prompt have the same reward, for every prompt of the last {STEPS} steps (mean reward "
         f"{row['reward']:.3g}), so nothing is learned. {_listed(causes)}"
