@@ -205,10 +205,10 @@ def markdown() -> str:
         "`python -m megatron_rl.metric_names`.",
     ]
     for heading, metrics in sections().items():
-        lines += ["", f"## {heading}", "", "| metric | unit | over | meaning |", "|---|---|---|---|"]
+        lines += ["", f"## {heading}", "", "| metric | meaning | unit | over |", "|---|---|---|---|"]
         for metric in metrics:
             name = f"`{metric.name}`" + (f", `{metric.name}/domain`" if metric.by_domain else "")
-            lines.append(f"| {name} | {metric.unit} | {metric.over} | {metric.meaning} |")
+            lines.append(f"| {name} | {metric.meaning} | {metric.unit} | {metric.over} |")
     return "\n".join(lines) + "\n"
 
 
