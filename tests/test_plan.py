@@ -198,6 +198,20 @@ def test_a_predicted_step_says_what_gpus_wait_for_rank_0_by_part() -> None:
     assert len(list(_step({"step": step | {"host": {}}}))) == len(lines) - 1
 
 
+def test_a_predicted_step_says_what_its_rates_do_not_have(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    config, shape = Path("examples/ring_lite/one_node_8gpu.toml"), "examples/ring_lite/ling_lite_1_5/config.json"
+    told = text_in_process(capsys, config)
+    assert "engines of 4 GPUs" not in told
+    assert "host.teacher" not in told
+    smaller = ["rollout.servers=4", 'rollout.sglang_arguments=["--tp-size", "2", "--mem-fraction-static", "0.8"]']
+    assert "these rates are of engines of 4 GPUs; here one has 2" in text_in_process(capsys, config, *smaller)
+    teacher = ["distillation.path=missing", f"distillation.shape={shape}", 'distillation.urls=["http://elsewhere:1"]']
+    assert "the teacher's seconds are not counted" in text_in_process(capsys, config, *teacher)
+
+
 def test_what_cannot_be_where_servers_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = written(tmp_path)
 

@@ -190,6 +190,8 @@ def _step(plan: dict[str, Any]) -> Iterator[str]:
     idle = ", ".join(f"{cause.replace('_', ' ')} {share:.0%}" for cause, share in causes if share >= 0.005)
     yield f"GPUs idle {1 - step['busy']:.0%} of the time: {idle}"
     yield f"by the rates of {step['rates']}; lengths {step['lengths']}"
+    if "without_teacher" in step:
+        yield "the teacher's seconds are not counted, since these rates have no [host.teacher] (docs/simulator.md)"
     if "engine_gpus" in step:
         yield (
             f"these rates are of engines of {step['rates_of_gpus']} GPUs; here one has {step['engine_gpus']}: "

@@ -91,6 +91,8 @@ def _step(config: RlConfig, architecture: Architecture, cluster: ClusterSection,
     gpus = config.rollout.sglang_gpus if config.rollout.engine == "sglang" else 0
     if gpus and rates.engine_gpus not in (0, gpus):
         told |= {"rates_of_gpus": rates.engine_gpus, "engine_gpus": gpus}
+    if config.distillation is not None and "teacher" not in rates.host:
+        told["without_teacher"] = True
     try:
         return told | forecast(config, architecture, cluster, rates, workload, _SIMULATED_STEPS)
     except CannotSimulate as error:
