@@ -79,6 +79,15 @@ def test_a_good_start_of_every_kind_has_no_problem_and_leaves_nothing(
     assert not run.exists() or list(run.iterdir()) == []
 
 
+def test_a_remark_on_the_rows_is_made_once(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [json.loads(line) | {"level": 3} for line in Path("data/train.jsonl").read_text().splitlines()]
+    Path("data/more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, key in (("rl", "data.train"), ("evaluate", "benchmarks.toys.path")):
+        caplog.clear()
+        assert main(["check", f"{name}.toml", "--set", f"{key}=data/more.jsonl"]) == 0
+        assert caplog.text.count("columns level are no fields of ours and go into meta") == 1
+
+
 def test_all_problems_are_told_at_once_with_their_remedies(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes = ["rollout.max_prompt_tokens=8", 'reward.domains={physics="math"}', "train.keep_last=99999999"]
     options = [word for change in changes for word in ("--set", change)]

@@ -6,6 +6,7 @@ import importlib.metadata
 import shutil
 import socket
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -125,17 +126,18 @@ def _judging(start: Start) -> Iterator[str]:
     config = start.config
     if start.rollouts is not None:
         return
+    read = partial(read_prompts, remarks=False)  # the check of the data has made them
     if isinstance(config, EvaluateConfig):
         for section in config.benchmarks.values():
             reward = section.reward_of(config.reward)
-            rows = read_prompts(
+            rows = read(
                 section.path, section.domain, section.suffix, system=section.system, needs_answer=reward.needs_answers
             )
             yield from _misjudged(reward, rows)
     elif isinstance(config, SamplingConfig | SelectConfig):
         data, reward = config.data, config.reward
         for path in data.train_files:
-            rows = read_prompts(path, data.domain, data.suffix, system=data.system, needs_answer=reward.needs_answers)
+            rows = read(path, data.domain, data.suffix, system=data.system, needs_answer=reward.needs_answers)
             yield from _misjudged(reward, rows)
 
 
