@@ -222,16 +222,17 @@ def test_a_command_that_is_late_is_interrupted_then_killed_and_what_it_said_is_k
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("OUT", str(tmp_path))
-    monkeypatch.setattr(parts, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(parts, "GRACE_SECONDS", 5.0)
     trial = make_trial()
     polite = 'import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print(\'{"so": "far"}\')'
-    assert parts.run_json(trial, "polite", [sys.executable, "-c", polite], 2) == {"so": "far"}
+    assert parts.run_json(trial, "polite", [sys.executable, "-c", polite], 6) == {"so": "far"}
     assert (tmp_path / "question.log").read_text() == '--- polite\n{"so": "far"}\n\n'
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
     started = time.monotonic()
+    monkeypatch.setattr(parts, "GRACE_SECONDS", 0.5)
     with pytest.raises(parts.PartFailed, match="not done after 1 s"):
         parts.run(trial, "deaf", [sys.executable, "-c", deaf], 1)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 40
     code = 'print("noise"); print("{"); print("\\"a\\": 1}"); raise SystemExit(3)'
     with pytest.raises(parts.PartFailed, match="ended with code 3") as raised:
         parts.run_json(trial, "code", [sys.executable, "-c", code], 20)

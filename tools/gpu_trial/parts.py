@@ -195,7 +195,8 @@ def run_tests(
     """
     results = Path(f"/tmp/gpu_trial-{os.getpid()}-{name}.xml")
     command: list[object] = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
-    command += ["--junitxml", results, "--timeout", max(1, int(seconds)), *(["-k", only] if only else [])]
+    # `run` ends what takes too long, and earlier than pytest would call it a failure.
+    command += ["--junitxml", results, "--timeout", int(seconds + 2 * GRACE_SECONDS), *(["-k", only] if only else [])]
     code, said = run(trial, name, command, seconds, environment)
     trial.tell(said[-3000:])
     if not results.exists():
