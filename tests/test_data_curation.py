@@ -91,6 +91,9 @@ def test_columns_that_are_left_out_are_told_and_a_meta_column_that_no_row_has_is
     ]  # fmt: skip
     with pytest.raises(ValueError, match="meta names deep.hnt, levle, and no row has .* rows have q, a, level, deep"):
         curated("levle", "deep.hnt", "late")
+    path.write_text("")
+    with pytest.raises(ValueError, match="has no rows; take it out of the sources"):
+        curated("late")
 
 
 def test_parquet_gz_several_files_and_workers_give_the_same(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ class _Curation:
                     self._left_out[number] = left_out(rows, source.layout())
                     columns |= dict.fromkeys(name for row in rows if isinstance(row, Mapping) for name in row)
                 yield number, len(self._files) - 1, piece
-            if unseen:
+            if unseen and columns:  # a source without rows is told of as such
                 raise ValueError(
                     f"{source.name}: meta names {', '.join(sorted(unseen))}, and no row has such a column; rows have "
                     f"{', '.join(columns)}"
