@@ -319,6 +319,15 @@ def test_a_first_step_whose_log_probs_differ_ends_the_run_at_the_next_step(orche
         orchestrator.begin(3)
 
 
+@pytest.mark.parametrize(("dtype", "ends"), [("float32", True), ("bfloat16", False)])
+def test_rounding_to_bfloat16_ends_no_run(orchestrate, dtype, ends):
+    orchestrator = orchestrate(FakeGroups(), None, f"model.dtype={dtype}", "train.steps=1", first=0)
+    orchestrator.begin(0)
+    orchestrator.end(0, [result(difference=0.527)])  # SmolLM2-135M, one token in a thousand
+    with pytest.raises(Fault, match=r"rollout.logprob_tolerance 0.5") if ends else contextlib.nullcontext():
+        orchestrator.finish()
+
+
 def test_a_later_step_may_differ(orchestrate):
     orchestrator = orchestrate(FakeGroups(), None, "rollout.logprob_tolerance=0.1", first=0)
     for step in (0, 1):

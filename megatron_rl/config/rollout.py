@@ -154,11 +154,11 @@ class RolloutSection(GenerationSection, AgentKeys):
         description="Trains with the experts that the server chose (R3), so that sampler and trainer route alike. "
         "Needs the embedded server, or SGLang 0.5.22 on a GPU.",
     )
-    logprob_tolerance: float = Field(
-        default=0.5,
+    logprob_tolerance: float | None = Field(
+        default=None,
         gt=0,
-        description="Maximum difference of trainer and sampler log-probs in the first step: the 0.999 quantile of "
-        "|train - rollout|. Above it the run stops.",
+        description="Maximum difference of trainer and sampler log-probs in the first step, in nats: the 0.999 "
+        "quantile of |train - rollout|. Above it the run stops. Default: 0.5 in float32, 2 in bfloat16.",
     )
     partial: bool = Field(
         default=False,
