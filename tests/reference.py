@@ -7,9 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+from megatron_rl.records import Segment
 
 
 def load_reference(model_dir: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -161,6 +164,17 @@ def logprobs_and_entropy(config: dict[str, Any], w: dict[str, Tensor], row: dict
     logits = forward(config, w, ids, routed=row.get("routed_experts"))
     logp = logits.log_softmax(-1)[[position - 1 for position in at]]
     return logp[range(len(at)), [ids[position] for position in at]], -(logp.exp() * logp).sum(-1)
+
+
+def segment_logprobs(config: dict[str, Any], w: dict[str, Tensor], segment: Segment) -> np.ndarray:
+    """Return the log-probs of the tokens of a segment that the policy sampled, [m]."""
+    prompt = segment.prompt_ids.tolist()
+    row = {
+        "num_prompt_tokens": len(prompt),
+        "token_ids": [*prompt, *segment.output_ids.tolist()],
+        "loss_positions": [len(prompt) + int(place) for place in np.flatnonzero(segment.policy_mask)],
+    }
+    return logprobs_and_entropy(config, w, row)[0].detach().numpy()
 
 
 def loss_positions(row: dict[str, Any]) -> list[int]:

@@ -1,6 +1,7 @@
 """Makes scored samples and plans over them, for tests of what makes and uses plans."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -32,6 +33,12 @@ def make_segment(
         policy_versions=np.full(count, version, np.int32),
         turns=None if turns is None else np.array(turns, np.int32).reshape(-1, 2),
     )
+
+
+def random_segment(seed: int, length: int, turns: Sequence[tuple[int, int]] | None = None) -> Segment:
+    """Make a segment of random tokens behind a prompt of 8."""
+    ids = np.random.default_rng(seed).integers(2, 96, 8 + length).astype(np.int32)
+    return replace(make_segment(length, turns=turns), prompt_ids=ids[:8], output_ids=ids[8:])
 
 
 def make_schedule(

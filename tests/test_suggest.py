@@ -58,7 +58,7 @@ def cluster(gpus: int, memory: float) -> ClusterSection:
 @pytest.mark.parametrize(("gpus", "memory", "layout"), BY_HAND, ids=lambda value: str(value)[:12])
 def test_what_is_suggested_is_no_slower_than_what_fits_by_hand(gpus: int, memory: float, layout: list[str]) -> None:
     config, architecture = loaded()
-    found = suggest(config, architecture, cluster(gpus, memory))
+    found = suggest(Search(config, architecture, cluster(gpus, memory)))
     assert found, "something fits by hand"
     by_hand, _ = loaded(*layout)
     (other,) = Search(config, architecture, cluster(gpus, memory)).evaluated(by_hand)
@@ -129,7 +129,7 @@ def test_where_nothing_fits_that_is_told(capsys: pytest.CaptureFixture[str]) -> 
 def test_fine_tuning_is_searched_too() -> None:
     """Check fine-tuning: the states of 16.8 B parameters are 18 bytes each, 302 GB in all, 38 GB on each of 8 GPUs."""
     config = load_config(SftConfig, ROOT / "examples/ring_lite/paper_256gpu/sft.toml", without_weights=True)
-    found = suggest(config, shape_of(config)[0], cluster(8, 80))
+    found = suggest(Search(config, shape_of(config)[0], cluster(8, 80)))
     assert found
     assert found[0].seconds["pauses"] == 0
     assert "rollout" not in found[0].seconds
@@ -143,13 +143,13 @@ def test_adapters_are_searched_on_one_gpu_where_all_weights_do_not_fit() -> None
     """Check adapters: frozen weights take 34 GB of the 80, and all states of 16.8 B parameters would take 302 GB."""
     loose = ["parallel.expert=1", "parallel.tensor=1", *SERVERS[1:]]
     config, architecture = loaded(*loose)
-    assert suggest(config, architecture, cluster(1, 80)) == []
+    assert suggest(Search(config, architecture, cluster(1, 80))) == []
     adapted, _ = loaded(*loose, "lora={rank=32}")
-    found = suggest(adapted, architecture, cluster(1, 80))
+    found = suggest(Search(adapted, architecture, cluster(1, 80)))
     assert found
     assert max(found[0].memory.values()) <= 80 * 2**30
     engine = loaded("model.layers=transformer_engine", "lora={rank=32}")[0]
-    assert suggest(engine, architecture, cluster(1, 80)) == []  # which adapters do not go with
+    assert suggest(Search(engine, architecture, cluster(1, 80))) == []  # which adapters do not go with
 
 
 def test_remedies_name_what_is_not_set_yet_and_do_not_contradict_each_other(capsys: pytest.CaptureFixture[str]) -> None:

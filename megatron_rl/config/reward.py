@@ -184,16 +184,16 @@ class RewardSection(Section):
     @property
     def kinds(self) -> tuple[str, ...]:
         """Return every kind of this section once."""
-        of_others = [part.kind for part in self.parts.values()] or [self.kind]
-        return tuple(dict.fromkeys([*of_others, *self.domains.values()]))
+        return tuple(dict.fromkeys(self._kinds_by_key().values()))
 
     def key_of(self, kind: str) -> str:
         """Return the key of the configuration that names this kind, for messages."""
-        others = {f"reward.parts.{name}.kind": part.kind for name, part in self.parts.items()}
-        if not self.parts:
-            others["reward.kind"] = self.kind
-        others |= {f"reward.domains.{domain}": of_domain for domain, of_domain in self.domains.items()}
-        return next(key for key, other in others.items() if other == kind)
+        return next(key for key, other in self._kinds_by_key().items() if other == kind)
+
+    def _kinds_by_key(self) -> dict[str, str]:
+        parts = {f"reward.parts.{name}.kind": part.kind for name, part in self.parts.items()}
+        domains = {f"reward.domains.{domain}": kind for domain, kind in self.domains.items()}
+        return (parts or {"reward.kind": self.kind}) | domains
 
     @model_validator(mode="after")
     def _check_parts(self) -> "RewardSection":

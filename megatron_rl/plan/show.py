@@ -43,9 +43,10 @@ def _suggest(plan: dict[str, Any], config: CommandConfig, cluster: ClusterSectio
     if not isinstance(config, RunConfig):
         raise ValueError("--suggest is for what trains; this file is for another command")
     architecture, _ = shape_of(config)
-    found = suggest(config, architecture, cluster)
+    search = Search(config, architecture, cluster)
+    found = suggest(search)
     plan["suggestions"] = [one.as_dict() for one in found]
-    for as_it_is in Search(config, architecture, cluster).evaluated(config):  # none where it does not fit
+    for as_it_is in search.evaluated(config):  # none where it does not fit
         plan["as_it_is"] = as_it_is.as_dict()
     if found:
         plan["problems"] = problems_of(found[0].config, cluster)

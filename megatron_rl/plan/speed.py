@@ -20,7 +20,7 @@ from megatron_rl.families import Architecture
 from megatron_rl.memory import ITEM_BYTES, OPTIMIZER_BYTES, trained_parameters
 from megatron_rl.simulation.cluster import forward_passes, passes_of_training, pipeline_bubble
 from megatron_rl.simulation.rates import Rates
-from megatron_rl.simulation.rollout import Engines, OpenGroup, roll_out, roll_out_partially
+from megatron_rl.simulation.rollout import Engines, OpenGroup, roll_out_phase
 from megatron_rl.simulation.workload import Workload, assumed
 
 # Bytes/s: of a GPU's memory at half of nominal, between the GPUs of a node, between nodes, and to the host.
@@ -60,15 +60,11 @@ class SpeedModel:
                 (need,) = shortfalls(budgets, {ANY: 1.0}, {}, known, rollout.max_response_tokens, budget.margin)
             else:
                 need = Shortfall(unit="groups", missing=rollout.prompts_per_step)
-            if rollout.partial:
-                size, retention = rollout.samples_per_prompt, rollout.max_retention
-                rolled = roll_out_partially(engines, take, need, unfinished, size, retention, False)
-                unfinished = list(rolled.unfinished)
-            else:
-                rolled = roll_out(engines, take, need, rollout.prompts_per_step, budget.max_waves, False)
+            rolled = roll_out_phase(config, engines, take, need, unfinished, False)
+            unfinished = rolled.unfinished
             seconds.append(rolled.seconds)
             known = {ANY: need.per_prompt}
-        return float(np.mean(seconds[_PARTIAL_PHASES // 2 :] or seconds[-1:]))
+        return float(np.mean(seconds[_PARTIAL_PHASES // 2 :] if rollout.partial else seconds[-1:]))
 
     def train_seconds(self, config: RunConfig, layout: Layout) -> float:
         """Predict the optimizer steps of a step, as if its tokens were divided evenly. config: its recomputation

@@ -57,12 +57,8 @@ class Suggestion:
         }
 
 
-def suggest(config: RunConfig, architecture: Architecture, cluster: ClusterSection) -> list[Suggestion]:
-    """Return the fastest few layouts that fit, the fastest first; none when nothing fits. ValueError without a limit of
-    memory."""
-    if not cluster.gpu_memory_gb:
-        raise ValueError("--suggest needs the memory of a GPU to fit into; set --gpu-memory-gb")
-    search = Search(config, architecture, cluster)
+def suggest(search: "Search") -> list[Suggestion]:
+    """Return the fastest few layouts that fit, the fastest first; none when nothing fits."""
     for margin in _MARGINS:
         found = sorted(search.fitting(margin), key=lambda one: one.step_seconds)
         if found:
@@ -87,6 +83,9 @@ class Search:
     """Searches all layouts of one configuration on one cluster."""
 
     def __init__(self, config: RunConfig, architecture: Architecture, cluster: ClusterSection) -> None:
+        """Prepare the search. ValueError without a limit of memory."""
+        if not cluster.gpu_memory_gb:
+            raise ValueError("--suggest needs the memory of a GPU to fit into; set --gpu-memory-gb")
         self._config, self._architecture, self._cluster = config, architecture, cluster
         rates = load_config(Rates, cluster.rates) if cluster.rates is not None else None
         self._speed = SpeedModel(config=config, architecture=architecture, cluster=cluster, rates=rates)

@@ -15,7 +15,7 @@ from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import RlConfig, RunConfig
 from megatron_rl.simulation.decode import Decoded
 from megatron_rl.simulation.rates import Rates
-from megatron_rl.simulation.rollout import Engines, OpenGroup, Rolled, roll_out, roll_out_partially
+from megatron_rl.simulation.rollout import Engines, OpenGroup, Rolled, roll_out_phase
 from megatron_rl.simulation.workload import Take
 
 
@@ -144,12 +144,8 @@ class Cluster:
             (need,) = shortfalls(self._budgets, {ANY: 1.0}, carried, known, longest, budget.margin)
         else:
             need = Shortfall(unit="groups", missing=rollout.prompts_per_step)
-        if rollout.partial:
-            size, retention = rollout.samples_per_prompt, rollout.max_retention
-            rolled = roll_out_partially(self.engines, self._take, need, self._unfinished, size, retention, filters)
-            self._unfinished = rolled.unfinished
-        else:
-            rolled = roll_out(self.engines, self._take, need, rollout.prompts_per_step, budget.max_waves, filters)
+        rolled = roll_out_phase(self._config, self.engines, self._take, need, self._unfinished, filters)
+        self._unfinished = rolled.unfinished
         if self._refill:
             self._per_prompt = need.per_prompt
         return rolled

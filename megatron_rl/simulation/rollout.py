@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_rl.c3po.budget import Shortfall
+from megatron_rl.config.schema import RlConfig
 from megatron_rl.simulation.decode import Decoded, decode
 from megatron_rl.simulation.rates import Rates
 from megatron_rl.simulation.workload import Take
@@ -63,6 +64,17 @@ class Rolled:
     num_responses: int = 0
     seconds: float = 0.0
     waves: list[Decoded] = field(default_factory=list)
+
+
+def roll_out_phase(
+    config: RlConfig, engines: Engines, take: Take, need: Shortfall, unfinished: Sequence[OpenGroup], filters: bool
+) -> Rolled:
+    """Simulate a phase as the configuration has it, of waves or by C3PO++. unfinished: what the phase before left."""
+    rollout = config.rollout
+    if rollout.partial:
+        size, retention = rollout.samples_per_prompt, rollout.max_retention
+        return roll_out_partially(engines, take, need, unfinished, size, retention, filters)
+    return roll_out(engines, take, need, rollout.prompts_per_step, config.budget.max_waves, filters)
 
 
 def roll_out(engines: Engines, take: Take, need: Shortfall, first_wave: int, max_waves: int, filters: bool) -> Rolled:

@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ import forked
 import numpy as np
 import pytest
 from inputs import make_inputs
-from reference import load_reference, logprobs_and_entropy
-from samples import make_segment
+from reference import load_reference, segment_logprobs
+from samples import random_segment
 from tiny_model import tensors_of, write_tiny_model
 
 from megatron_rl.config.rollout import RolloutSection
@@ -175,12 +174,6 @@ def response_of(index: int, segments: Sequence[Segment]) -> Response:
     return Response(prompt_id=0, sample_index=index, segments=tuple(segments), finish_reason="stop")
 
 
-def random_segment(seed: int, length: int, turns: Sequence[tuple[int, int]] | None = None) -> Segment:
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(2, 96, 8 + length).astype(np.int32)
-    return replace(make_segment(length, turns=turns), prompt_ids=ids[:8], output_ids=ids[8:])
-
-
 def test_the_teacher_scores_the_policys_tokens_alone_and_a_server_that_ends_comes_back_with_the_same_numbers(
     teacher_model: Path, supervisor: ServerSupervisor
 ) -> None:
@@ -208,12 +201,7 @@ def test_the_teacher_scores_the_policys_tokens_alone_and_a_server_that_ends_come
     config, weights = load_reference(teacher_model)
     for response in first:
         for segment in response.segments:
-            row = {
-                "num_prompt_tokens": 8,
-                "token_ids": [*segment.prompt_ids.tolist(), *segment.output_ids.tolist()],
-                "loss_positions": [8 + int(place) for place in np.flatnonzero(segment.policy_mask)],
-            }
-            expected = logprobs_and_entropy(config, weights, row)[0].detach().numpy()
+            expected = segment_logprobs(config, weights, segment)
             assert segment.teacher_logprobs.dtype == np.float32
             assert segment.teacher_logprobs == pytest.approx(expected, abs=2e-5)
     for one, other in zip(first, again, strict=True):

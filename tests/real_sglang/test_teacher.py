@@ -3,19 +3,17 @@
 import asyncio
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import forked
-import numpy as np
 import pytest
 from inputs import make_inputs
-from reference import load_reference, logprobs_and_entropy
-from samples import make_segment
+from reference import load_reference, segment_logprobs
+from samples import random_segment
 
 from megatron_rl.config.rollout import RolloutSection
-from megatron_rl.records import Response, Segment
+from megatron_rl.records import Response
 from megatron_rl.rollout.pool import ServerPool
 from megatron_rl.rollout.server import SglangServer, find_sglang
 from megatron_rl.rollout.teacher_scorer import TeacherScorer
@@ -83,13 +81,8 @@ def server(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         found.stop()
 
 
-def segment_of(seed: int, length: int, turns: Sequence[tuple[int, int]] | None = None) -> Segment:
-    ids = np.random.default_rng(seed).integers(2, 96, 8 + length).astype(np.int32)
-    return replace(make_segment(length, turns=turns), prompt_ids=ids[:8], output_ids=ids[8:])
-
-
 def test_its_log_probs_are_those_of_the_policys_tokens_at_temperature_1(teacher: Path, server: SglangServer) -> None:
-    segments = [(segment_of(0, 40),), (segment_of(1, 20, [(0, 3), (9, 12)]), segment_of(2, 5))]
+    segments = [(random_segment(0, 40),), (random_segment(1, 20, [(0, 3), (9, 12)]), random_segment(2, 5))]
     responses = [
         Response(prompt_id=0, sample_index=index, segments=one, finish_reason="stop")
         for index, one in enumerate(segments)
@@ -106,12 +99,7 @@ def test_its_log_probs_are_those_of_the_policys_tokens_at_temperature_1(teacher:
     config, weights = load_reference(teacher)
     for response in asyncio.run(run()):
         for segment in response.segments:
-            row = {
-                "num_prompt_tokens": 8,
-                "token_ids": [*segment.prompt_ids.tolist(), *segment.output_ids.tolist()],
-                "loss_positions": [8 + int(place) for place in np.flatnonzero(segment.policy_mask)],
-            }
-            expected = logprobs_and_entropy(config, weights, row)[0].detach().numpy()
+            expected = segment_logprobs(config, weights, segment)
             assert segment.teacher_logprobs == pytest.approx(expected, abs=1e-4)
 
 

@@ -66,13 +66,12 @@ def has_column(row: object, column: str) -> bool:
     return _find(row, column) is not _ABSENT
 
 
-def left_out(rows: Iterable[object], layout: Layout) -> list[str]:
-    """List the columns of these rows that a layout does not take, in their order. Layouts of tests, and conversations
+def left_out(columns: Iterable[str], layout: Layout) -> list[str]:
+    """List the columns of a source that a layout does not take, in their order. Layouts of tests, and conversations
     without `meta`, take what they find."""
     if layout.tests or (layout.chat and not layout.meta):
         return []
-    names = dict.fromkeys(name for row in rows if isinstance(row, Mapping) for name in row)
-    return [name for name in names if name not in layout.columns]
+    return [name for name in columns if name not in layout.columns]
 
 
 def to_chat(row: object, layout: Layout) -> Chat:

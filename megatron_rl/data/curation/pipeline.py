@@ -97,9 +97,9 @@ class _Curation:
                 if unseen or not columns:
                     rows = [row for raw in piece.rows if (row := _row_of(raw)) is not None]
                     unseen -= {column for column in unseen if any(has_column(row, column) for row in rows)}
-                    self._left_out[number] = left_out(rows, source.layout())
                     columns |= dict.fromkeys(name for row in rows if isinstance(row, Mapping) for name in row)
                 yield number, len(self._files) - 1, piece
+            self._left_out[number] = left_out(columns, source.layout())
             if unseen and columns:  # a source without rows is told of as such
                 raise ValueError(
                     f"{source.name}: meta names {', '.join(sorted(unseen))}, and no row has such a column; rows have "
