@@ -2,13 +2,17 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
+
+from megatron_rl.rollout.server import GenerationServer
 
 # A server with a child of its own, as SGLang has; it writes both pids. The child shrugs off SIGTERM.
 SERVER = """
@@ -102,3 +106,28 @@ def test_a_server_that_ends_by_itself_leaves_its_exit_code(tmp_path: Path) -> No
     assert process.wait(15) == 7
     _, child = map(int, (tmp_path / "pids").read_text().split())
     wait_until(lambda: is_gone(child))
+
+
+# Its child listens, and has memory that the kernel takes a while to take back. Only then is the port closed.
+LISTENER = """
+import os, socket, sys, time
+if os.fork() == 0:
+    memory = b"x" * (768 << 20)
+    listening = socket.create_server(("127.0.0.1", 0))
+    open(sys.argv[1] + ".new", "w").write(f"{os.getpid()} {listening.getsockname()[1]}")
+    os.rename(sys.argv[1] + ".new", sys.argv[1])
+time.sleep(600)
+"""
+
+
+def test_a_killed_server_has_let_go_of_its_port_and_memory_when_another_is_started(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    server = GenerationServer([sys.executable, "-c", LISTENER, told], tmp_path / "log", 0, "127.0.0.1", "")
+    wait_until(told.exists, 60.0)
+    pid, port = map(int, told.read_text().split())
+    socket.create_connection(("127.0.0.1", port)).close()
+    server.kill()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    server.stop()  # once more does no harm

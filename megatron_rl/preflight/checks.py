@@ -68,7 +68,7 @@ def _layout(start: Start) -> Iterator[str]:
         yield from problems(start.config, start.architecture, start.world_size, start.serves)
 
 
-@check("gpus", "a GPU for each training rank", of_machine=True)
+@check("gpus", "a GPU for each training rank, or none at all", of_machine=True)
 def _gpus(start: Start) -> Iterator[str]:
     num_gpus = len(visible_gpus())
     if start.trains and 0 < num_gpus < start.world_size:

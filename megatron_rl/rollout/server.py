@@ -24,6 +24,7 @@ from megatron_rl.keys import bearer, without_secrets
 from megatron_rl.proxies import without_proxy
 from megatron_rl.rollout.client import ServerLost
 from megatron_rl.rollout.ports import close_port, hold_port, is_ours
+from megatron_rl.rollout.supervise import members_of
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ _TORCHRUN = re.compile(
 # more (0.5.21, tp_worker.py: max_req_input_len) and cuts a response, without a word, at context length - 2 in all
 # (scheduler.py: init_req_max_new_tokens). With 7 it takes the longest sequence as input.
 SGLANG_SPARE_TOKENS = 7
+
+_ENDED_WITHIN_SECONDS = 60.0
 
 
 class GenerationServer:
@@ -59,7 +62,7 @@ class GenerationServer:
         """
         self.host, self.port = host, port
         self.log_path = log_path
-        self._key, self._is_proven = key, False
+        self._key, self._is_proven, self._has_ended = key, False, False
         log_path.parent.mkdir(parents=True, exist_ok=True)
         inherited = inherited_environment()
         # The log of a server that is started again goes on where the last one's ended.
@@ -152,16 +155,27 @@ class GenerationServer:
             log.warning(
                 "generation server %d did not end within %g s of being told to", self._process.pid, grace_seconds
             )
-            self.kill()
+        self.kill()
 
     def kill(self) -> None:
-        """End the process group at once, even when it is stopped or deaf to SIGTERM."""
+        """End the process group at once, even when it is stopped or deaf to SIGTERM. Return when nothing is left of it:
+        a process lets go of its port last of all, after its memory, which takes seconds where there is much."""
+        if self._has_ended:
+            return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        try:
-            self._process.wait(10.0)
-        except subprocess.TimeoutExpired:  # stuck in the kernel: it ends when that lets it go
-            log.error("generation server %d has not ended 10 s after SIGKILL", self._process.pid)
+        give_up = time.monotonic() + _ENDED_WITHIN_SECONDS
+        while self._process.poll() is None or (left := members_of(self._process.pid)):
+            if time.monotonic() > give_up:  # stuck in the kernel: it ends when that lets it go
+                log.error(
+                    "of generation server %d %s did not end within %g s of SIGKILL",
+                    self._process.pid,
+                    "itself" if self._process.poll() is None else f"processes {left}",
+                    _ENDED_WITHIN_SECONDS,
+                )
+                return
+            time.sleep(0.02)
+        self._has_ended = True
 
     def _answers(self, route: str, headers: Mapping[str, str]) -> int:
         """Ask a route, and return the status."""

@@ -9,6 +9,7 @@ everybody, or from a file. Here the file is a named pipe for this user alone: th
 gone once it is read. SGLang logs its arguments, so its output passes through here, where the key is left out.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -48,7 +49,9 @@ def main(command: list[str]) -> int:
         while process.poll() is None and time.monotonic() < give_up:
             time.sleep(_LOOK_EVERY_SECONDS)
     if os.getpgid(0) == os.getpid():
-        _kill_the_rest()
+        for pid in set(members_of(os.getpid())) - {os.getpid()}:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
     printing.join(GRACE_SECONDS)
     if config is not None:
         shutil.rmtree(config.parent, ignore_errors=True)  # it ended before it read its key
@@ -76,14 +79,20 @@ def _print(process: "subprocess.Popen[bytes]", key: bytes) -> None:
         sys.stdout.buffer.flush()
 
 
-def _kill_the_rest() -> None:
-    """Kill the other processes of the group that this process leads."""
+def members_of(group: int) -> list[int]:
+    """List the processes of a process group that have not ended. One that only waits to be asked for its exit code has,
+    once all of its threads have."""
+    found = []
     for pid in psutil.pids():
         try:
-            if pid != os.getpid() and os.getpgid(pid) == os.getpid():
-                os.kill(pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
+            if os.getpgid(pid) != group:
+                continue
+            process = psutil.Process(pid)
+            if process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1:
+                found.append(pid)
+        except (ProcessLookupError, PermissionError, psutil.Error):
             continue
+    return found
 
 
 if __name__ == "__main__":
