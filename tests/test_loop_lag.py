@@ -4,12 +4,12 @@ import asyncio
 import contextlib
 import json
 import resource
-import selectors
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from clock_loop import ClockLoop
 from until import until
 
 from megatron_rl.config.rollout import RolloutSection
@@ -18,37 +18,6 @@ from megatron_rl.rollout import loop_lag
 from megatron_rl.rollout.client import SampleRequest, gather_all
 from megatron_rl.rollout.loop_lag import LoopLag
 from megatron_rl.rollout.pool import Place, ServerPool
-
-
-class ClockLoop(asyncio.SelectorEventLoop):
-    """Is an event loop whose time goes on by itself only while it waits for a timer, and else when `hold` says so.
-
-    No test on it depends on how fast the machine is. It has no connections.
-    """
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-        super().__init__(_TimerSelector(self))
-
-    def time(self) -> float:
-        return self.now
-
-    def hold(self, seconds: float) -> None:
-        """Keep the loop from going on for some seconds, as work in its thread does."""
-        self.now += seconds
-
-
-class _TimerSelector(selectors.DefaultSelector):
-    """Lets the loop's time go on by as long as the loop would wait."""
-
-    def __init__(self, loop: ClockLoop) -> None:
-        super().__init__()
-        self._loop = loop
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        assert timeout is not None, "the loop waits for something that never comes"
-        self._loop.now += timeout
-        return super().select(0)
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ def server(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
     log = tmp_path_factory.mktemp("server") / "server.log"
     server = EmbeddedServer(models[0], log, max_running_requests=SLOTS, context_length=256)
     try:
-        server.wait_ready(60)
+        server.wait_ready(240)
         yield server
     finally:
         server.stop()

@@ -128,7 +128,7 @@ async def asked_twice(answer: bytes, piece: int = 2**16, admitted: Any = None) -
         connection = await Connection.open(urlsplit(f"http://{host}:{port}"), None)
         found = []
         while connection.is_open and len(found) < 2:
-            found.append(await asyncio.wait_for(connection.ask("POST", "/x", b'{"x":1}', {"A": "b"}, admitted), 10))
+            found.append(await asyncio.wait_for(connection.ask("POST", "/x", b'{"x":1}', {"A": "b"}, admitted), 240))
         is_open = connection.is_open
         connection.close()
         return found, is_open
@@ -196,7 +196,7 @@ def test_a_content_stays_with_the_server_until_it_is_admitted() -> None:
             await asyncio.sleep(0.3)
             assert sent < size // 2  # what the sockets hold
 
-        status, content = await asyncio.wait_for(connection.ask("GET", "/x", None, {}, admitted), 30)
+        status, content = await asyncio.wait_for(connection.ask("GET", "/x", None, {}, admitted), 240)
         assert (status, len(content)) == (200, size)
         connection.close()
         server.close()
@@ -214,7 +214,7 @@ def test_a_server_that_ends_without_an_answer_waits_for_no_place() -> None:
         host, port = server.sockets[0].getsockname()
         connection = await Connection.open(urlsplit(f"http://{host}:{port}"), None)
         with pytest.raises(ConnectionFailed, match="disconnected without an answer"):
-            await asyncio.wait_for(connection.ask("GET", "/x", None, {}, asyncio.Event().wait), 5)
+            await asyncio.wait_for(connection.ask("GET", "/x", None, {}, asyncio.Event().wait), 240)
         server.close()
 
     asyncio.run(run())

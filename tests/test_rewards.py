@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-import time
 from collections.abc import Iterator
 
 import httpx
@@ -36,7 +35,7 @@ async def one_verdict(rewards: Rewards, domain: str, question: str, answer: str,
 
 
 def test_the_domain_of_the_prompt_says_how_its_responses_are_judged() -> None:
-    section = RewardSection(kind="math", domains={"words": "exact", "physics": "stem"}, timeout_seconds=20.0)
+    section = RewardSection(kind="math", domains={"words": "exact", "physics": "stem"}, timeout_seconds=240.0)
     half, about = "\\boxed{\\frac{2}{4}}", "\\boxed{102}"
     assert verdict(section, "algebra", "1/2", half).reason == "correct"
     assert verdict(section, "words", "1/2", half).reason == "wrong"
@@ -86,19 +85,22 @@ def test_a_question_that_hangs_is_asked_again_and_ends_when_cancelled(endpoint, 
     monkeypatch.setattr(endpoint_module, "_PAUSE_SECONDS", 0)
     hung = threading.Event()
     judge = JudgeSection(domains=("d",), url=url, model="judge-1", timeout_seconds=0.5)
-    handler.replies += [hung, "VERDICT: SAME", hung]
+    handler.replies.append(hung)
+    # Also where a slow machine does not take the answer in time, and asks once more.
+    handler.answer = staticmethod(lambda body: "VERDICT: SAME")
     assert verdict(RewardSection(judge=judge), "d", "b", "\\boxed{a}").reason == "correct"
-    patient = RewardSection(judge=judge.model_copy(update={"timeout_seconds": 50.0}))
+    handler.answer = staticmethod(lambda body: hung)
+    patient = RewardSection(judge=judge.model_copy(update={"timeout_seconds": 1e6}))
 
     async def cancelled() -> None:
         with Rewards(patient) as rewards:
             await asyncio.wait_for(one_verdict(rewards, "d", "Which?", "b", "\\boxed{a}"), 0.5)
 
-    started = time.monotonic()
-    with pytest.raises(TimeoutError):
-        asyncio.run(cancelled())  # waits for threads that are left
-    assert time.monotonic() - started < 10
-    hung.set()
+    try:
+        with pytest.raises(TimeoutError):
+            asyncio.run(cancelled())  # waits for threads that are left: there is none, or this would not end
+    finally:
+        hung.set()
 
 
 def test_the_key_of_the_judge_is_told_to_nobody(endpoint, monkeypatch) -> None:

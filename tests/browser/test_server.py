@@ -24,7 +24,7 @@ def server(models: tuple[Path, Path]) -> Iterator[EmbeddedServer]:
     """Start a server as a person starts one by hand: it asks for no key."""
     server = EmbeddedServer(models[0], models[0].parent / "server.log", context_length=64, weight_version="ours")
     try:
-        server.wait_ready(60)
+        server.wait_ready(240)
         yield server
     finally:
         server.stop()
@@ -32,8 +32,8 @@ def server(models: tuple[Path, Path]) -> Iterator[EmbeddedServer]:
 
 def state(server: EmbeddedServer) -> tuple[str, dict[str, str], list[dict[str, object]]]:
     """Return the version and the checksums of the server's weights, and what runs or is paused."""
-    info = httpx.get(f"{server.url}/server_info", trust_env=False).json()
-    sums = httpx.get(f"{server.url}/weights_checker", trust_env=False).json()
+    info = httpx.get(f"{server.url}/server_info", trust_env=False, timeout=240).json()
+    sums = httpx.get(f"{server.url}/weights_checker", trust_env=False, timeout=240).json()
     return info["weight_version"], sums["checksums"], info["internal_states"]
 
 
@@ -51,7 +51,7 @@ def test_a_page_of_another_origin_is_refused_whatever_it_sends(
     assert state(server) == before
     # The same from a program, and it does.
     body = {"input_ids": [5], "sampling_params": {"max_new_tokens": 3}}
-    assert httpx.post(f"{server.url}/generate", json=body, trust_env=False).status_code == 200
+    assert httpx.post(f"{server.url}/generate", json=body, trust_env=False, timeout=240).status_code == 200
 
 
 def test_a_page_whose_name_was_made_to_lead_here_is_refused(
