@@ -305,7 +305,7 @@ def test_an_abort_hits_every_request_whose_id_starts_with_its_own(server):
     body = {"sampling_params": {"max_new_tokens": server.kind.long_tokens, "ignore_eos": True}}
     server.hold()
     calls = [server.later(server.post, "/generate", input_ids=[5], rid=rid, **body) for rid in ("p", "px", "q")]
-    server.settle(len(calls))
+    server.settle(calls)
     server.post("/abort_request", rid="p")
     server.let_go()
     assert [reason(call.result().json()) for call in calls] == ["abort", "abort", "length"]
@@ -573,7 +573,7 @@ def test_the_version_alone_can_be_changed_with_and_without_an_abort(server):
         "message": "Weight version updated to renamed",
         "new_version": "renamed",
     }
-    server.settle(1)
+    server.settle([running])
     assert server.post("/update_weight_version", new_version="again").json()["success"]
     answer = running.result()
     assert reason(answer) == "abort"

@@ -46,7 +46,7 @@ def start(target: Callable[..., None], *arguments: Any) -> BaseProcess:
 
 
 def run(
-    command: Sequence[object], *, env: Mapping[str, str] | None = None, timeout: float = 600.0
+    command: Sequence[object], *, env: Mapping[str, str] | None = None, timeout: float = 300.0
 ) -> "subprocess.CompletedProcess[str]":
     """Run `[python, FILE or -m MODULE or -c CODE, ...]` as `subprocess.run(capture_output=True, text=True)` would."""
     words = [str(word) for word in command]

@@ -143,7 +143,7 @@ class Subject:
             )
             for i, prompt in enumerate(prompts)
         ]
-        self.settle(len(prompts))
+        self.settle(calls)
         return calls
 
     def hold(self) -> None:
@@ -155,13 +155,15 @@ class Subject:
         if isinstance(self.process, HeldServer):
             self.process.hold.unlink(missing_ok=True)
 
-    def settle(self, count: int) -> None:
-        """Return when the `count` requests that were sent before draw tokens, or wait in the queue."""
-        if isinstance(self.process, HeldServer):
-            wait_until(lambda: self._num_requests() >= count, f"the server has {count} requests")
-        else:
-            time.sleep(0.05 if count < SLOTS else 0.3)
-        if count >= SLOTS:
+    def settle(self, calls: "Sequence[Future[Any]]" = ()) -> None:
+        """Return when the server has these calls, and what was sent before and finds a slot draws tokens."""
+        wait_until(
+            lambda: self.in_flight() >= len(calls) or any(call.done() for call in calls),
+            f"the server has {len(calls)} requests",
+        )
+        if not isinstance(self.process, HeldServer):
+            time.sleep(0.3 if len(calls) >= SLOTS else 0.05)
+        if len(calls) >= SLOTS:
             return
         # One that came later and draws tokens: then so do they. It leaves at once.
         for part in self.stream([3], max_new_tokens=ENDLESS_TOKENS, ignore_eos=True):
@@ -206,9 +208,13 @@ class Subject:
     def wait_idle(self) -> None:
         wait_until(lambda: self.post("/flush_cache").status_code == 200, "the server is idle")
 
-    def _num_requests(self) -> int:
-        (load,) = self.http.get("/server_info").json()["internal_states"]
-        return int(load["running"] + load["waiting"])
+    def in_flight(self) -> int:
+        """Count the requests that run or wait for a slot."""
+        state = self.http.get("/server_info").json()["internal_states"][0]
+        if "running" in state:
+            return int(state["running"] + state["waiting"])
+        (load,) = self.http.get("/v1/loads").json()["loads"]  # SGLang's
+        return int(load["num_running_reqs"] + load["num_waiting_reqs"])
 
 
 class Sender:

@@ -284,14 +284,26 @@ def test_hugging_face_datasets_are_streamed_where_the_library_is(
     assert read(tmp_path / "out" / "dropped.jsonl")[0]["file"] == "hf:org/set/test"
 
 
+# The tool, which stands still behind the first rows that it has written.
+STANDS_STILL = """
+import runpy, sys, threading
+from megatron_rl.data.curation import pipeline
+def inspected(*arguments, inner=pipeline.inspected):
+    for one in inner(*arguments):
+        yield one
+        threading.Event().wait()
+pipeline.inspected = inspected
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_a_killed_run_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", rows_of(*(f"{TEXT} {n}" for n in range(5_000))))
-    os.mkfifo(tmp_path / "never.jsonl")  # whoever reads it waits for its rows
-    text = f'output = "{tmp_path}/out"\n'
-    for name in ("rows", "never"):
-        text += f'[[source]]\npath = "{tmp_path}/{name}.jsonl"\npreset = "ours"\n'
+    text = f'output = "{tmp_path}/out"\n[[source]]\npath = "{tmp_path}/rows.jsonl"\npreset = "ours"\n'
     (tmp_path / "c.toml").write_text(text)
-    process = subprocess.Popen([sys.executable, TOOL, tmp_path / "c.toml"], stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-c", STANDS_STILL, TOOL, tmp_path / "c.toml"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     records = tmp_path / "out" / ".partial" / "records.jsonl"
     try:
         wait_until(

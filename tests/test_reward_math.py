@@ -410,7 +410,6 @@ def test_hostile_answers_end_in_time_and_others_get_their_verdicts(monkeypatch):
         found = asyncio.run(judged(*(hostile[name] for name in names), *good))
         verdicts = dict(zip(names, found, strict=False))
         assert {n: v.reason for n, v in verdicts.items() if v.reason not in ("wrong", "timeout", "error")} == {}
-        assert all(v.seconds == seconds for v in verdicts.values() if v.reason == "timeout")
         assert [v.reason for v in found[len(verdicts) :]] == ["correct"] * len(good)
         return [name for name, v in verdicts.items() if v.reason != "wrong"]
 
