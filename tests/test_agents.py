@@ -46,7 +46,7 @@ def sampler_of(tokenizer, folder, say=lambda _: "yes", servers=None, turns=None,
             "samples_per_prompt": 1,
             "max_response_tokens": 64,
             "max_prompt_tokens": 300,
-            "agent_seconds": 30.0,
+            "agent_seconds": 240.0,
             "agent_memory_bytes": 400 * 2**20,
             **rollout,
         }
@@ -193,7 +193,7 @@ def test_thirty_bad_agents_cost_their_own_trajectories_alone_and_leave_nothing(t
     notes = {number: tmp_path / f"note{number}" for number in range(len(kinds))}
     questions = [question(number, kind, note=str(notes[number])) for number, kind in enumerate(kinds)]
     groups, counts = groups_of(
-        tokenizer, tmp_path, questions, agent_seconds=200.0, max_turns=5, max_response_tokens=200, max_prompt_tokens=600
+        tokenizer, tmp_path, questions, agent_seconds=240.0, max_turns=5, max_response_tokens=200, max_prompt_tokens=600
     )
     found = {kind: group.samples[0] for kind, group in zip(kinds, groups, strict=True)}
     for kind, message in FAILURES.items():

@@ -319,7 +319,7 @@ def test_async_calls_of_a_prompt_wait_together_and_one_that_hangs_costs_itself(
 
 
 def test_a_function_with_responses_gets_the_whole_group(file: Path) -> None:
-    with Rewards(RewardSection(kind=f"{file}:ranks", workers=1), file.parent) as made:
+    with Rewards(RewardSection(kind=f"{file}:ranks", workers=1, timeout_seconds=240), file.parent) as made:
 
         def group(*texts: str) -> list[Verdict]:
             attempts = [Attempt(text=text, num_tokens=10 * i) for i, text in enumerate(texts)]
@@ -338,11 +338,15 @@ def test_a_function_with_responses_gets_the_whole_group(file: Path) -> None:
 
 
 def test_a_closure_an_instance_and_a_built_in_kind_can_be_used(file: Path) -> None:
-    assert [v.score for v in score(RewardSection(kind=f"{file}:closure", workers=1), ["abc"])] == [1.5]
-    assert [v.score for v in score(RewardSection(kind=f"{file}:instance", workers=1), ["abc"])] == [6.0]
+    assert [v.score for v in score(RewardSection(kind=f"{file}:closure", workers=1, timeout_seconds=240), ["abc"])] == [
+        1.5
+    ]
+    assert [
+        v.score for v in score(RewardSection(kind=f"{file}:instance", workers=1, timeout_seconds=240), ["abc"])
+    ] == [6.0]
     half = Prompt(id="p", domain="d", prompt="?", answer="0.5")
     found = score(
-        RewardSection(kind=f"{file}:combined", workers=1, timeout_seconds=60),
+        RewardSection(kind=f"{file}:combined", workers=1, timeout_seconds=240),
         ["\\boxed{\\frac12}", "\\boxed{1}", "x"],
         half,
     )
@@ -361,7 +365,7 @@ def test_a_closure_an_instance_and_a_built_in_kind_can_be_used(file: Path) -> No
 )
 def test_a_function_that_cannot_be_called_is_refused_with_what_is_known(file: Path, name: str, told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        score(RewardSection(kind=f"{file}:{name}", workers=1), ["1"])
+        score(RewardSection(kind=f"{file}:{name}", workers=1, timeout_seconds=240), ["1"])
 
 
 @pytest.mark.parametrize(
@@ -381,16 +385,18 @@ def test_a_file_that_does_not_import_is_one_message(tmp_path: Path, text: str | 
     if text is not None:
         (tmp_path / "wrong.py").write_text(text)
     with pytest.raises(ValueError, match=told):
-        score(RewardSection(kind=f"{tmp_path}/wrong.py:score", workers=1), ["1"], folder=tmp_path)
+        score(RewardSection(kind=f"{tmp_path}/wrong.py:score", workers=1, timeout_seconds=240), ["1"], folder=tmp_path)
 
 
 def test_a_module_is_imported_by_its_name_and_one_that_is_missing_is_named() -> None:
     assert (
-        score(RewardSection(kind="megatron_rl.reward.functions:exact", workers=1), ["\\boxed{2}"])[0].reason
+        score(RewardSection(kind="megatron_rl.reward.functions:exact", workers=1, timeout_seconds=240), ["\\boxed{2}"])[
+            0
+        ].reason
         == "correct"
     )
     with pytest.raises(ValueError, match="there is no 'no_such_package' to import; install its package"):
-        score(RewardSection(kind="no_such_package.inner:score", workers=1), ["1"])
+        score(RewardSection(kind="no_such_package.inner:score", workers=1, timeout_seconds=240), ["1"])
 
 
 def test_a_kind_that_is_none_is_refused_with_what_there_is() -> None:
@@ -417,7 +423,7 @@ PARTS = {
 
 def parts_of(file: Path, **more: Any) -> RewardSection:
     parts = {name: {**part, "kind": str(part["kind"]).format(file=file)} for name, part in PARTS.items()}
-    return RewardSection(parts=parts, workers=1, timeout_seconds=20, **more)
+    return RewardSection(parts=parts, workers=1, timeout_seconds=240, **more)
 
 
 def test_parts_are_added_up_with_their_weights_and_one_of_them_says_what_is_correct(tmp_path: Path) -> None:

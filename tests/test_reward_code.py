@@ -204,7 +204,7 @@ def test_the_pool_kind_settles_what_needs_no_run_and_judges_the_rest():
         task = Prompt(id="p", domain="code", prompt="square", answer=json.dumps(SQUARES))
         return [verdict.reason for verdict in await rewards.verdicts(task, [Attempt(text=text) for text in texts])]
 
-    with Rewards(RewardSection(kind="code", workers=1)) as rewards:
+    with Rewards(RewardSection(kind="code", workers=1, code=CodeSection(seconds=240))) as rewards:
         assert asyncio.run(judged(rewards)) == ["correct", "no_answer", "wrong"]
 
 

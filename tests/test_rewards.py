@@ -67,7 +67,9 @@ def test_the_judge_is_asked_only_what_rules_call_wrong(endpoint, monkeypatch) ->
 def test_what_the_judge_fails_at_is_an_error_and_not_a_zero(endpoint, monkeypatch) -> None:
     url, handler = endpoint
     monkeypatch.setattr(endpoint_module, "_PAUSE_SECONDS", 0)
-    section = RewardSection(judge=JudgeSection(domains=("d",), url=url, model="judge-1", max_answer_characters=20))
+    section = RewardSection(
+        timeout_seconds=240, judge=JudgeSection(domains=("d",), url=url, model="judge-1", max_answer_characters=20)
+    )
     handler.replies += [503, None, "VERDICT: SAME", "Hm.", 400, 500, 500, 500, None, None, None]
     box = "\\boxed{a}"
     assert verdict(section, "d", "b", box).reason == "correct"  # asked again after the 503 and the break
@@ -88,9 +90,9 @@ def test_a_question_that_hangs_is_asked_again_and_ends_when_cancelled(endpoint, 
     handler.replies.append(hung)
     # Also where a slow machine does not take the answer in time, and asks once more.
     handler.answer = staticmethod(lambda body: "VERDICT: SAME")
-    assert verdict(RewardSection(judge=judge), "d", "b", "\\boxed{a}").reason == "correct"
+    assert verdict(RewardSection(timeout_seconds=240, judge=judge), "d", "b", "\\boxed{a}").reason == "correct"
     handler.answer = staticmethod(lambda body: hung)
-    patient = RewardSection(judge=judge.model_copy(update={"timeout_seconds": 1e6}))
+    patient = RewardSection(timeout_seconds=240, judge=judge.model_copy(update={"timeout_seconds": 1e6}))
 
     async def cancelled() -> None:
         with Rewards(patient) as rewards:
@@ -105,7 +107,9 @@ def test_a_question_that_hangs_is_asked_again_and_ends_when_cancelled(endpoint, 
 
 def test_the_key_of_the_judge_is_told_to_nobody(endpoint, monkeypatch) -> None:
     url, handler = endpoint
-    section = RewardSection(judge=JudgeSection(domains=("d",), url=url, model="judge-1", api_key_variable="JUDGE_KEY"))
+    section = RewardSection(
+        timeout_seconds=240, judge=JudgeSection(domains=("d",), url=url, model="judge-1", api_key_variable="JUDGE_KEY")
+    )
     handler.replies += ["VERDICT: SAME", (400, "no such key: s3cret")]
     monkeypatch.setenv("JUDGE_KEY", "s3cret\n")  # as `$(cat key)` does not leave it, but a file does
     assert verdict(section, "d", "b", "\\boxed{a}").reason == "correct"
