@@ -58,7 +58,7 @@ async def crashes(task, model):
 
 async def hangs(task, model):
     await model.chat(task.messages)
-    await asyncio.sleep(1000)
+    await asyncio.sleep(10**6)
 
 
 async def blocks(task, model):
@@ -70,7 +70,7 @@ async def blocks(task, model):
 async def ignores_signals(task, model):
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    await asyncio.sleep(1000)
+    await asyncio.sleep(10**6)
 
 
 async def floods(task, model):
@@ -140,7 +140,7 @@ async def changes_history(task, model):
 
 
 async def leaves_a_process(task, model):
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], start_new_session=True)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(10**6)"], start_new_session=True)
     Path(task.meta["note"]).write_text(str(child.pid))
     await model.chat(task.messages)
     return 1.0
@@ -151,7 +151,7 @@ async def leaves_a_daemon(task, model):
         os.setsid()
         if os.fork() == 0:
             Path(task.meta["note"]).write_text(str(os.getpid()))
-            time.sleep(1000)
+            time.sleep(10**6)
         os._exit(0)
     os.wait()
     while not Path(task.meta["note"]).exists():
@@ -166,7 +166,7 @@ async def forks_and_returns_twice(task, model):
 
 async def starts_threads(task, model):
     for _ in range(20):
-        threading.Thread(target=time.sleep, args=(1000,)).start()
+        threading.Thread(target=time.sleep, args=(10**6,)).start()
     await model.chat(task.messages)
     return 1.0
 
@@ -189,7 +189,7 @@ async def forges_a_key(task, model):
 async def ends_its_host(task, model):
     await model.chat(task.messages)
     os.kill(os.getppid(), signal.SIGKILL)
-    await asyncio.sleep(1000)
+    await asyncio.sleep(10**6)
 
 
 async def reads_the_runs_lines(task, model):

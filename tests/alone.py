@@ -14,7 +14,7 @@ ALONE = Layout(world_size=1)
 @contextmanager
 def world() -> Iterator[None]:
     """Make this process a world of one rank inside the block."""
-    initialize_parallel(ALONE, deadline_seconds=60, seed=0)
+    initialize_parallel(ALONE, deadline_seconds=600, seed=0)
     try:
         yield
     finally:

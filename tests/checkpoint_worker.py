@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from hostile_pickles import COMMON, EMBEDDING, Call, plant, saved
+from until import wait_until
 
 from megatron_rl.checkpoint.checksums import checksum_on_disk, write_checksums
 from megatron_rl.config.schema import SftConfig
@@ -44,7 +45,7 @@ class Rank:
                 "model": {"path": spec["model"]},
                 "parallel": spec.get("parallel", {}),
                 "optimizer": {"learning_rate": 1e-3},
-                "train": {"steps": 10, "micro_batch_tokens": 64, "phase_deadline_seconds": 60},
+                "train": {"steps": 10, "micro_batch_tokens": 64, "phase_deadline_seconds": 600},
                 "data": {"train": "unused", "batch_tokens": 1},
             }
         )
@@ -93,7 +94,7 @@ def held_writing() -> Iterator[threading.Event]:
     go, write = threading.Event(), Part.write
 
     def wait_and_write(part: Part) -> Any:
-        assert go.wait(60)
+        assert go.wait(600)
         return write(part)
 
     Part.write = wait_and_write  # type: ignore[method-assign]
@@ -189,13 +190,22 @@ def optimizer_state(rank: Rank) -> dict:
     return {"counts": counts, "different": different}
 
 
+def go_when_told(rank: Rank, go: threading.Event) -> None:
+    """Let the writing go on once a rank has said that it waits for it, or on the others, which say nothing, at once."""
+    if rank.context.rank == 0:
+        wait_until(lambda: any("waiting until" in line for line in rank.said), "rank 0 says that it waits")
+    go.set()
+
+
 def one_at_a_time(rank: Rank) -> dict:
     directory = rank.folder / "one"
     checkpoints = rank.checkpoints(directory)
     with held_writing() as go:
         rank.save(checkpoints, 1)
-        threading.Timer(0.3, go.set).start()
+        waits = threading.Thread(target=go_when_told, args=(rank, go))
+        waits.start()
         rank.save(checkpoints, 2)
+        waits.join()
         checkpoints.save(2, rank.trainer, {"step": "another"}, b"")  # as a stop right after it would
         checkpoints.settle(wait=True)
     said = [line for line in rank.said if "waiting until" in line]

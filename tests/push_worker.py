@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import httpx
 import torch
 import torch.distributed as dist
+from until import wait_until
 
 from megatron_rl import device
 from megatron_rl.config.rollout import RolloutSection
@@ -42,7 +43,8 @@ from megatron_rl.train.orchestrator.weight_check import mean_differences, told_d
 from megatron_rl.train.run.context import TrainContext
 
 T = TypeVar("T")
-SILENCE_SECONDS = 3.0
+SILENCE_SECONDS = 20.0  # more than a server that goes on is ever silent
+READY_SECONDS = 240.0
 TOKENS = [5, 6, 7, 8, 30, 31, 90]
 
 
@@ -54,7 +56,7 @@ def session_of(spec: dict[str, Any], folder: Path) -> TrainContext:
             "model": {"path": spec["model"], "dtype": spec.get("dtype", "float32")},
             "parallel": spec["parallel"],
             "optimizer": {"learning_rate": 1e-3},
-            "train": {"steps": 1, "micro_batch_tokens": 64, "phase_deadline_seconds": 240},
+            "train": {"steps": 1, "micro_batch_tokens": 64, "phase_deadline_seconds": 800},
             "data": {"train": "unused", "batch_tokens": 1},
         }
     )
@@ -73,7 +75,7 @@ class Servers:
             max_running_requests=2,
             servers=2,
             silence_seconds=SILENCE_SECONDS,
-            ready_deadline_seconds=60,
+            ready_deadline_seconds=READY_SECONDS,
             max_restarts=9,
         )
         rollout = rollout.model_copy(update=spec.get("rollout", {}))
@@ -115,7 +117,10 @@ class Servers:
         return self.supervisor.key_of(url) if self.supervisor is not None else ""
 
     def versions(self) -> list[str]:
-        asked = [httpx.get(f"{url}/model_info", headers=bearer(self.key_of(url)), trust_env=False) for url in self.urls]
+        asked = [
+            httpx.get(f"{url}/model_info", headers=bearer(self.key_of(url)), timeout=240, trust_env=False)
+            for url in self.urls
+        ]
         return [str(answer.json()["weight_version"]) for answer in asked]
 
     def survivor(self) -> dict[str, Any]:
@@ -125,19 +130,17 @@ class Servers:
 
     def checksums_at(self, url: str) -> dict[str, str]:
         body, headers = {"action": "checksum"}, bearer(self.key_of(url))
-        answer = httpx.post(f"{url}/weights_checker", json=body, headers=headers, trust_env=False)
+        answer = httpx.post(f"{url}/weights_checker", json=body, headers=headers, timeout=240, trust_env=False)
         return dict(answer.json()["checksums"])
 
     def kill_and_wait(self, number: int) -> None:
         """Kill a server, and wait until it is back before the pool knows that it was gone."""
         gone = self.pids()[number]
         os.kill(gone, signal.SIGKILL)
-        deadline = time.monotonic() + 60
-        while self.pids()[number] == gone:  # the supervisor pauses longer each time
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        # The supervisor pauses longer each time.
+        wait_until(lambda: self.pids()[number] != gone, f"server {number} has been started again", pause=0.1)
         assert self.supervisor is not None
-        self.supervisor._kept[number].server.wait_ready(30)
+        self.supervisor._kept[number].server.wait_ready(READY_SECONDS)
 
     def keep_down(self, number: int) -> list[str]:
         """Kill a server and let it stay down until `supervisor.let_go`.
@@ -162,12 +165,6 @@ class Servers:
 
         self.loop.run(lose())
         return found
-
-    def wait_for(self, condition: Callable[[], object], seconds: float = 30) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
 
     def at_a_bucket(self, transport: Any, number: int, how: signal.Signals) -> None:
         """Send a signal to a server when a part of the weights has been sent."""
@@ -215,7 +212,7 @@ def layouts(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[s
     report: dict[str, Any] = {"pushes": []}
     try:
         for number, max_bytes in enumerate((1, 2**30)):
-            where = (context.model, context.control, max_bytes, "127.0.0.1", 10.0)
+            where = (context.model, context.control, max_bytes, "127.0.0.1", 240.0)
             transport = DistributedTransport(*where, key_of=servers.key_of if servers else no_key)
             transport.push(number + 1, servers.receivers if servers else None)
             probe = shared(servers.scores() if servers else None, context.control)
@@ -242,7 +239,7 @@ def layouts(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[s
 def gather(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Fill the buckets as if the ranks were on spec["nodes"], and return each rank's span and checksums of tensors."""
     node = spec["nodes"][context.rank]
-    transport = IpcTransport(context.model, context.control, 20_000, node, (), 1, 0, 10.0)
+    transport = IpcTransport(context.model, context.control, 20_000, node, (), 1, 0, 240.0)
     sums = {}
     for bucket in transport.buckets:
         flat = transport._filled(bucket)
@@ -288,7 +285,7 @@ def faults(context: TrainContext, spec: dict[str, Any], folder: Path) -> dict[st
         while said[-1] and len(said) < 3:
             said.append(push(1))
         if servers:
-            servers.wait_for(lambda: len(servers.pool.serving) + len(servers.pool.returned) == 2)
+            wait_until(lambda: len(servers.pool.serving) + len(servers.pool.returned) == 2, "both servers are back")
         if shared(bool(servers and servers.pool.returned), context.control):  # it was not waited for
             assert push(1, late=True) == ""
         if servers:
@@ -352,12 +349,12 @@ def while_restarting(servers: Servers | None, transport: Transport, push: Callab
         assert servers.supervisor is not None
         found["serving"] = [servers.urls.index(member.client.url) for member in servers.pool.serving]
         servers.supervisor.let_go()
-        servers.wait_for(lambda: servers.pool.returned or len(servers.pool.serving) == 2)
+        wait_until(lambda: servers.pool.returned or len(servers.pool.serving) == 2, "the other server is back")
     if not isinstance(transport, DiskTransport):
         found["said"].append(push(8, transport, late=True))
         found["said"].append(push(9, transport))
     if servers:
-        servers.wait_for(lambda: len(servers.pool.serving) == 2)
+        wait_until(lambda: len(servers.pool.serving) == 2, "both servers serve")
         found |= {"versions": servers.versions(), "checksums": servers.checksums()}
     return found
 
@@ -383,7 +380,7 @@ def without_communicator(context: TrainContext, servers: Servers | None, push: C
     return said
 
 
-async def settled(pool: ServerPool, count: int = 2, seconds: float = 30) -> None:
+async def settled(pool: ServerPool, count: int = 2, seconds: float = READY_SECONDS) -> None:
     async with asyncio.timeout(seconds):
         while len(pool.serving) < count:
             await pool.recovered()
@@ -399,7 +396,7 @@ def received(context: TrainContext, spec: dict[str, Any], folder: Path) -> list[
     found = []
     try:
         for number, max_bytes in enumerate((1, 2**30)):
-            where = (context.model, context.control, max_bytes, "127.0.0.1", 30.0, spec["backend"])
+            where = (context.model, context.control, max_bytes, "127.0.0.1", 240.0, spec["backend"])
             transport = DistributedTransport(*where, key_of=servers.key_of if servers else no_key)
             transport.push(number + 1, servers.receivers if servers else None)
             if servers:

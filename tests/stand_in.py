@@ -32,7 +32,7 @@ class StandIn(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             return
         if isinstance(reply, threading.Event):
-            reply.wait(60)
+            reply.wait(600)
             return
         if isinstance(reply, int):
             reply = reply, {"error": "busy"}

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,10 @@ import httpx
 import torch
 from tiny_model import tensors_of
 from torch import Tensor
+from until import wait_until
 
 from megatron_rl.keys import bearer
-from megatron_rl.rollout.server import GenerationServer
+from megatron_rl.rollout.server import EmbeddedServer, GenerationServer
 from megatron_rl.rollout.update_group import broadcast, flatten, join, leave
 from megatron_rl.stores import host_store
 
@@ -61,6 +62,33 @@ class Kind:
     spare_tokens: int = 0  # of its context length beyond the longest sequence
 
 
+class _HeldServer(GenerationServer):
+    """Runs held_server.py in place of the embedded server."""
+
+    def __init__(
+        self,
+        command: Sequence[object],
+        log_path: Path,
+        port: int,
+        host: str,
+        key: str,
+        secret_variables: Collection[str] = (),
+        **environment: str,
+    ) -> None:
+        python, flag, module, *options = command
+        assert (flag, module) == ("-m", "megatron_rl.rollout.embedded")
+        command = [python, ROOT / "tests/held_server.py", log_path.with_name("hold"), *options]
+        super().__init__(command, log_path, port, host, key, secret_variables, **environment)
+
+
+class HeldServer(EmbeddedServer, _HeldServer):
+    """Is an embedded server whose requests stand still while the file `hold` is there."""
+
+    @property
+    def hold(self) -> Path:
+        return self.log_path.with_name("hold")
+
+
 class Subject:
     """Holds a running server and its client. It serves `first` as version "0" at the start and after each `reset`."""
 
@@ -69,7 +97,7 @@ class Subject:
         self.first, self.second = models
         limits = httpx.Limits(max_connections=None)
         headers = bearer(process.key)
-        self.http = httpx.Client(base_url=process.url, headers=headers, timeout=60, limits=limits, trust_env=False)
+        self.http = httpx.Client(base_url=process.url, headers=headers, timeout=240, limits=limits, trust_env=False)
         self._pool = concurrent.futures.ThreadPoolExecutor(32)
 
     def close(self) -> None:
@@ -79,6 +107,7 @@ class Subject:
 
     def reset(self) -> None:
         """Leave no request in flight and no session open, and load the first weights."""
+        self.let_go()
         self.post("/continue_generation")
         self.post("/abort_request", abort_all=True)
         self.wait_idle()
@@ -100,8 +129,10 @@ class Subject:
     def start(self, *prompts: Any, rid: str | None = None, tokens: int = ENDLESS_TOKENS) -> "list[Future[Any]]":
         """Start one generate call for each prompt. Return when those that find a slot have drawn tokens.
 
-        rid: their ids are this and their number.
+        They do not end by themselves before `let_go`, where the server is one that can be held; with others the test
+        has to be fast. rid: their ids are this and their number.
         """
+        self.hold()
         calls = [
             self.later(
                 self.generate,
@@ -112,14 +143,27 @@ class Subject:
             )
             for i, prompt in enumerate(prompts)
         ]
-        self.settle(free_slot=len(prompts) < SLOTS)
+        self.settle(calls)
         return calls
 
-    def settle(self, free_slot: bool = True) -> None:
-        """Return when what was sent before draws tokens."""
-        time.sleep(0.05)
-        if not free_slot:
-            time.sleep(0.25)
+    def hold(self) -> None:
+        """Let requests stand still once they have drawn some tokens, where that is possible."""
+        if isinstance(self.process, HeldServer):
+            self.process.hold.touch()
+
+    def let_go(self) -> None:
+        if isinstance(self.process, HeldServer):
+            self.process.hold.unlink(missing_ok=True)
+
+    def settle(self, calls: "Sequence[Future[Any]]" = ()) -> None:
+        """Return when the server has these calls, and what was sent before and finds a slot draws tokens."""
+        wait_until(
+            lambda: self.in_flight() >= len(calls) or any(call.done() for call in calls),
+            f"the server has {len(calls)} requests",
+        )
+        if not isinstance(self.process, HeldServer):
+            time.sleep(0.3 if len(calls) >= SLOTS else 0.05)
+        if len(calls) >= SLOTS:
             return
         # One that came later and draws tokens: then so do they. It leaves at once.
         for part in self.stream([3], max_new_tokens=ENDLESS_TOKENS, ignore_eos=True):
@@ -162,10 +206,15 @@ class Subject:
         return self.post("/update_weights_from_disk", **body | more)
 
     def wait_idle(self) -> None:
-        deadline = time.monotonic() + 30
-        while self.post("/flush_cache").status_code != 200:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: self.post("/flush_cache").status_code == 200, "the server is idle")
+
+    def in_flight(self) -> int:
+        """Count the requests that run or wait for a slot."""
+        state = self.http.get("/server_info").json()["internal_states"][0]
+        if "running" in state:
+            return int(state["running"] + state["waiting"])
+        (load,) = self.http.get("/v1/loads").json()["loads"]  # SGLang's
+        return int(load["num_running_reqs"] + load["num_waiting_reqs"])
 
 
 class Sender:
@@ -173,10 +222,10 @@ class Sender:
 
     def __init__(self, server: Subject, name: str) -> None:
         self.server, self.name = server, name
-        store = host_store("127.0.0.1", 2, 30)
+        store = host_store("127.0.0.1", 2, 240)
         where = {"master_address": "127.0.0.1", "master_port": store.port, "rank_offset": 1, "world_size": 2}
         answer = server.later(server.post, "/init_weights_update_group", **where, group_name=name, backend="gloo")
-        self._group: Any = join("127.0.0.1", store.port, 0, 2, name, "gloo", 30, store=store)
+        self._group: Any = join("127.0.0.1", store.port, 0, 2, name, "gloo", 240, store=store)
         assert answer.result().json()["success"], answer.result().text
 
     def announce(self, tensors: dict[str, Tensor], *, flat: bool = True, **more: Any) -> "Future[httpx.Response]":

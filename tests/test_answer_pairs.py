@@ -33,7 +33,7 @@ def test_labelled_pairs_are_judged_as_their_labels_say(path, reward):
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if row["reward"] == reward and (row["gold"], row["pred"]) not in DISPUTED][::EVERY]
     responses = [row["pred"] if "\\boxed" in row["pred"] else f"\\boxed{{{row['pred']}}}" for row in rows]
-    with RewardPool(reward, workers=1, timeout_seconds=20.0) as pool:
+    with RewardPool(reward, workers=1, timeout_seconds=240.0) as pool:
         verdicts = pool.score(zip(responses, (row["gold"] for row in rows), strict=True))
     wrong = [row for row, verdict in zip(rows, verdicts, strict=True) if bool(verdict.score) != row["expected"]]
     assert wrong == []

@@ -22,7 +22,7 @@ from megatron_rl.reward.code_tests import parse_exact_json, problem_of_tests, re
 from megatron_rl.reward.sandbox_run import Limits
 
 REWARDS = Path(__file__).parents[2] / "shared" / "data" / "code_rewards_dev.json"
-SETTINGS = CodeSettings(seconds=20.0, cpu_seconds=5, memory_bytes=512 * 1024**2)
+SETTINGS = CodeSettings(seconds=240.0, cpu_seconds=5, memory_bytes=512 * 1024**2)
 MISSING = why_not(lambda: warm_up(SETTINGS))
 needs_sandbox = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 

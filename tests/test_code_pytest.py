@@ -7,7 +7,7 @@ from sandboxed import USERS, as_user, why_not
 
 from megatron_rl.reward.code import CodeSettings, judge_response, runner, warm_up
 
-SETTINGS = CodeSettings(seconds=20.0, cpu_seconds=5, memory_bytes=512 * 1024**2)
+SETTINGS = CodeSettings(seconds=240.0, cpu_seconds=5, memory_bytes=512 * 1024**2)
 MISSING = why_not(lambda: warm_up(SETTINGS))
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 SQUARE = "def f(x):\n    return x * x\n"

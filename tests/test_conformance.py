@@ -3,10 +3,9 @@
 import re
 
 import pytest
-from subject import CONTEXT, SLOTS, Kind, Subject, make_models
+from subject import CONTEXT, SLOTS, HeldServer, Kind, Subject, make_models
 
 from megatron_rl.keys import new_key
-from megatron_rl.rollout.server import EmbeddedServer
 from megatron_rl.tensor_bytes import checksum
 
 pytest.register_assert_rewrite("conformance")
@@ -18,7 +17,7 @@ from conformance import assert_serves, sender, update, versions  # noqa: E402
 def _server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("conformance")
     models = make_models(folder)
-    process = EmbeddedServer(
+    process = HeldServer(
         models[0].path,
         folder / "server.log",
         max_running_requests=SLOTS,
@@ -26,7 +25,7 @@ def _server(tmp_path_factory):
         weight_version="0",
         key=new_key(),
     )
-    process.wait_ready(60)
+    process.wait_ready(240)
     subject = Subject(process, models, Kind(seeds=True, whole=True, long_tokens=600))
     yield subject
     subject.close()
@@ -71,6 +70,7 @@ def test_what_would_end_sglang_or_make_it_answer_nonsense_while_memory_is_releas
     generate = {"input_ids": [5], "sampling_params": {"max_new_tokens": 1}}
     (running,) = server.start([5], tokens=300)
     assert "idle" in refusal("/release_memory_occupation", tags=["weights"])
+    server.let_go()
     running.result()
     assert "weights was not released" in refusal("/resume_memory_occupation", tags=["weights"])
     assert "tags must be a list out of kv_cache, weights, cuda_graph" in refusal(
@@ -97,6 +97,7 @@ def test_a_flush_that_would_end_sglang_is_refused(server):
     assert answer.status_code == 400
     assert "flush_cache must be false" in answer.json()["message"]
     server.post("/continue_generation")
+    server.let_go()
     assert versions(running.result()) == [("0", 300)]
 
 
@@ -119,7 +120,7 @@ def test_the_server_answers_while_it_waits_for_a_broadcast(server):
         server.post("/begin_weight_update")
         answer = trainer.announce(server.second.tensors)
         for _ in range(5):
-            assert server.http.get("/ready", timeout=2).status_code == 200
+            assert server.http.get("/ready").status_code == 200
             assert server.version() == "0"
         assert not answer.done()
         trainer.leave()

@@ -86,7 +86,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
 }
 
 
-@settings(deadline=None, max_examples=2, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None,
+    max_examples=2,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(saved=st.sampled_from(sorted(LAYOUTS)), loaded=st.sampled_from(sorted(LAYOUTS)), norm_head=st.booleans())
 def test_any_layout_opens_a_converted_checkpoint_and_what_another_layout_trained(
     saved: str, loaded: str, norm_head: bool, tmp_path_factory: pytest.TempPathFactory
@@ -210,7 +215,7 @@ def test_a_truncated_file_is_named(model: Path, tmp_path: Path) -> None:
 @settings(
     deadline=None,
     max_examples=40,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(position=st.integers(0, 400), byte=st.integers(0, 255))
 def test_a_damaged_header_is_refused_or_read_as_it_was(

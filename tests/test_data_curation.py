@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from typing import Any
 import pyarrow
 import pytest
 from pyarrow import parquet
+from until import wait_until
 
 from megatron_rl.data.curation.config import CurationConfig
 from megatron_rl.data.curation.pipeline import curate
@@ -284,15 +284,34 @@ def test_hugging_face_datasets_are_streamed_where_the_library_is(
     assert read(tmp_path / "out" / "dropped.jsonl")[0]["file"] == "hf:org/set/test"
 
 
+# The tool, which stands still behind the first rows that it has written.
+STANDS_STILL = """
+import runpy, sys, threading
+from megatron_rl.data.curation import pipeline
+def inspected(*arguments, inner=pipeline.inspected):
+    for one in inner(*arguments):
+        yield one
+        threading.Event().wait()
+pipeline.inspected = inspected
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_a_killed_run_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
-    write(tmp_path / "rows.jsonl", rows_of(*(f"{TEXT} {n}" for n in range(50_000))))
+    write(tmp_path / "rows.jsonl", rows_of(*(f"{TEXT} {n}" for n in range(5_000))))
     text = f'output = "{tmp_path}/out"\n[[source]]\npath = "{tmp_path}/rows.jsonl"\npreset = "ours"\n'
     (tmp_path / "c.toml").write_text(text)
-    process = subprocess.Popen([sys.executable, TOOL, tmp_path / "c.toml"], stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-c", STANDS_STILL, TOOL, tmp_path / "c.toml"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     records = tmp_path / "out" / ".partial" / "records.jsonl"
-    while process.poll() is None and not (records.exists() and records.stat().st_size):
-        time.sleep(0.02)
-    process.kill()
+    try:
+        wait_until(
+            lambda: process.poll() is not None or (records.exists() and records.stat().st_size),
+            f"rows are in {records}",
+        )
+    finally:
+        process.kill()
     assert process.wait() == -signal.SIGKILL
     assert os.listdir(tmp_path / "out") == [".partial"]
     write(tmp_path / "rows.jsonl", rows_of("Q?"))

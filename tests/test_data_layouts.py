@@ -13,7 +13,7 @@ from pyarrow import parquet
 from sandboxed import why_not
 
 from megatron_rl.config.load import load_config
-from megatron_rl.config.reward import RewardSection
+from megatron_rl.config.reward import CodeSection, RewardSection
 from megatron_rl.data.curation.config import CurationConfig
 from megatron_rl.data.curation.pipeline import curate
 from megatron_rl.data.curation.preview import run_inspect
@@ -60,7 +60,10 @@ def curated(name: str, folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def rewards() -> Iterator[Rewards]:
     domains = {} if MISSING else {"code": "code"}
-    with Rewards(RewardSection(kind="math", domains=domains, workers=1)) as made:
+    section = RewardSection(
+        kind="math", domains=domains, workers=1, timeout_seconds=240, code=CodeSection(seconds=240, cpu_seconds=60)
+    )
+    with Rewards(section) as made:
         yield made
 
 

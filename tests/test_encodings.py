@@ -48,7 +48,7 @@ def locale_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 def run(environment: dict[str, str], *arguments: object) -> str:
     command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, env=environment, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=600, check=False)
     told = (done.stdout + done.stderr).decode(errors="replace")
     assert done.returncode == 0, told[-3000:]
     return told

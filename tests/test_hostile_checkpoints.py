@@ -164,10 +164,10 @@ BOMBS = {
 def test_a_few_bytes_do_not_take_memory_or_time_without_end(name: str, tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(b"\x80\x04" + BOMBS[name])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises((ValueError, Fault)):
         read_metadata(tmp_path)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 60  # a moment; without end is without end on any machine
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
 
 

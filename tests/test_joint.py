@@ -323,7 +323,7 @@ def test_what_was_scored_is_in_the_journal_and_no_teacher_is_asked_again(tmp_pat
         journal.open(0)
         sampler = Sampler(
             FakePolicy(),  # type: ignore[arg-type]
-            Rewards(RewardSection()),
+            Rewards(RewardSection(timeout_seconds=240)),
             str,
             lambda responses, rewards: np.zeros(len(responses)),
             ROLLOUT,

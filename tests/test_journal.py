@@ -182,7 +182,9 @@ def test_a_group_in_the_journal_is_not_sampled_again(tmp_path: Path) -> None:
     def rank_of_reward(responses: object, rewards: np.ndarray) -> np.ndarray:
         return rewards * 10
 
-    sampler = Sampler(NoServers(), Rewards(RewardSection()), str, rank_of_reward, rollout, 1, 0, journal)  # type: ignore[arg-type]
+    sampler = Sampler(
+        NoServers(), Rewards(RewardSection(timeout_seconds=240)), str, rank_of_reward, rollout, 1, 0, journal
+    )  # type: ignore[arg-type]
     prompt = Prompt(id="x", domain="math", prompt="?", answer="1")
     (recalled,) = asyncio.run(sampler.sample([Question(prompt_id=7, prompt=prompt, input_ids=(5, 6))], 4))
     assert same(recalled, group(7))

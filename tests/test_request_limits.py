@@ -1,6 +1,7 @@
 """Tests that no request ends, freezes or starves the embedded server."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -12,10 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
+from clock_loop import ClockLoop
 from subject import PROMPT
 from test_embedded_server import Server
 from tiny_model import write_tiny_model
+from until import wait_until
 
 from megatron_rl.rollout.embedded import bodies
 from megatron_rl.rollout.embedded.bodies import json_object
@@ -72,16 +76,21 @@ def test_a_large_body_is_parsed_while_other_threads_run():
 
     ticker = threading.Thread(target=tick)
     ticker.start()
-    before, switch = len(ticks), sys.getswitchinterval()
+    switch = sys.getswitchinterval()
     sys.setswitchinterval(0.0005)  # as the server does
     try:
-        found = json_object(content, bodies._YIELDING)
+        for _ in range(50):  # a busy machine may let the other thread wait through some of them
+            before = len(ticks)
+            found = json_object(content, bodies._YIELDING)
+            between = len(ticks) - before
+            if between > 10:
+                break
     finally:
         sys.setswitchinterval(switch)
         done.set()
         ticker.join()
     assert found == {"input_ids": [51] * 600_000 + [7]}
-    assert len(ticks) - before > 10
+    assert between > 10, "where nothing yields, the other thread has its turn before and behind, and never between"
 
 
 SAMPLING = {
@@ -240,7 +249,8 @@ def test_a_state_that_its_client_left_ends_and_one_that_is_used_does_not():
         await asyncio.sleep(0.2)
         assert not ended.is_set()
 
-    asyncio.run(run())
+    with contextlib.closing(ClockLoop()) as loop:
+        loop.run_until_complete(run())
 
 
 def test_the_gate_lets_in_by_order_and_an_update_that_waits_too_long_gives_way():
@@ -272,7 +282,8 @@ def test_the_gate_lets_in_by_order_and_an_update_that_waits_too_long_gives_way()
         await asyncio.gather(*both)
         assert order[2:] == ["a", "b", "c"]
 
-    asyncio.run(run())
+    with contextlib.closing(ClockLoop()) as loop:
+        loop.run_until_complete(run())
 
 
 # A server ------------------------------------------------------------------------------------------------------------
@@ -300,7 +311,7 @@ def test_a_fifo_among_the_weights_is_refused_and_holds_nobody_up(server, tmp_pat
     os.mkfifo(tmp_path / "fifo/a.safetensors")
     (tmp_path / "link/a.safetensors").symlink_to(tmp_path / "pipe")
     for name in ("fifo", "link"):
-        answer = server.http.post("/update_weights_from_disk", json={"model_path": str(tmp_path / name)}, timeout=10)
+        answer = server.http.post("/update_weights_from_disk", json={"model_path": str(tmp_path / name)})
         assert answer.status_code == 400
         assert "a.safetensors: it must be a regular file" in answer.json()["message"]
     assert server.http.get("/ready").status_code == 200
@@ -309,13 +320,20 @@ def test_a_fifo_among_the_weights_is_refused_and_holds_nobody_up(server, tmp_pat
 def test_a_client_that_leaves_sixteen_thousand_sequences_holds_nobody_up(server):
     content = json.dumps({"input_ids": [5], "sampling_params": {"n": 16384, "max_new_tokens": 60}}).encode()
     host, port = server.url.removeprefix("http://").split(":")
+
+    def processor_seconds():
+        times = psutil.Process(server.process.pid).cpu_times()
+        return times.user + times.system
+
+    before = processor_seconds()
     with socket.create_connection((host, int(port))) as leaving:
         head = f"POST /generate HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
         leaving.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(content) + content)
         server.wait_for(lambda load: load["waiting"] > 10_000)
-    started = time.monotonic()
+        came = processor_seconds() - before
     server.wait_for(lambda load: load["running"] + load["waiting"] == 0)
-    assert time.monotonic() - started < 5  # it was eleven
+    left = processor_seconds() - before - came
+    assert left < 3 * came  # as its answers were made for nobody, it was thirty times that
 
 
 def test_a_body_longer_than_any_request_is_refused_unread_and_other_than_that_answered(server):
@@ -338,16 +356,20 @@ def test_a_pause_and_a_session_whose_client_vanished_end_by_themselves(server):
     assert server.post("/pause_generation", mode="in_place").status_code == 200
     assert server.generate([5], max_new_tokens=4, temperature=0)["output_ids"] == expected
     assert server.post("/begin_weight_update").json()["success"]
-    assert "is open already" in server.post("/begin_weight_update").json()["message"]
-    deadline = time.monotonic() + 20
+    # Twice within the half second: a machine that is too slow for that tries again.
+    wait_until(
+        lambda: "is open already" in server.post("/begin_weight_update").json()["message"],
+        "a session that is opened twice is refused",
+        pause=0.0,
+    )
+    deadline = time.monotonic() + 240
     while "no weight-update session" not in (last := server.post("/end_weight_update").json()["message"]):
         assert "missing" in last  # too early: that end was ours, so begin again
         assert server.post("/begin_weight_update").json()["success"]
         assert time.monotonic() < deadline
         time.sleep(1.5)
-    log = "".join(server.lines)
-    assert re.search(r"paused for 0.5 s .*--hold-timeout.*\n", log)
-    assert re.search(r"no weights came for 0.5 s \(--hold-timeout\)", log)
+    for told in (r"paused for 0.5 s .*--hold-timeout.*\n", r"no weights came for 0.5 s \(--hold-timeout\)"):
+        wait_until(lambda told=told: re.search(told, "".join(list(server.lines))), f"the log tells {told}")
 
 
 def test_a_path_with_a_slash_too_many_is_not_sent_elsewhere(server):
@@ -355,7 +377,9 @@ def test_a_path_with_a_slash_too_many_is_not_sent_elsewhere(server):
     assert server.http.post("/generate/", json={}).status_code == 404
 
 
-def test_requests_of_every_kind_are_answered_and_leave_the_server_as_it_was():
+def test_requests_of_every_kind_are_answered_and_leave_the_server_as_it_was(monkeypatch):
+    for name in ("ANSWER_SECONDS", "PROBE_SECONDS"):
+        monkeypatch.setattr(fuzz_server, name, 240.0)
     report = fuzz_server.fuzz(requests=250, seed=7, workers=8)
     assert report["found"] == []
     assert sum(sum(counter.values()) for counter in report["answers"].values()) == 250
@@ -368,6 +392,6 @@ def test_a_client_that_leaves_while_it_sends_a_body_leaves_no_traceback(server):
         with socket.create_connection((host, int(port))) as leaving:
             head = f"POST /generate HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
             leaving.sendall(head.encode() + b"Content-Length: %d\r\n\r\n{" % length)
-    with httpx.Client(base_url=server.url, trust_env=False) as http:
+    with httpx.Client(base_url=server.url, trust_env=False, timeout=240) as http:
         assert http.get("/ready").status_code == 200
     assert not any("Traceback" in line for line in server.lines)

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from sandboxed import USERS, as_user, why_not
+from until import wait_until
 
 from megatron_rl.reward import sandbox as sandbox_module
 from megatron_rl.reward.code_runners import InSandbox
@@ -23,7 +24,7 @@ from megatron_rl.reward.plain_data import pack, unpack
 from megatron_rl.reward.sandbox import Identity, Sandbox, SandboxUnavailable
 from megatron_rl.reward.sandbox_run import Ended, Limits, Program, SandboxFailure
 
-LIMITS = Limits(wall_seconds=20.0, cpu_seconds=5, memory_bytes=256 * 1024**2, processes=16)
+LIMITS = Limits(wall_seconds=240.0, cpu_seconds=5, memory_bytes=256 * 1024**2, processes=16)
 MISSING = why_not(Sandbox)
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
@@ -90,7 +91,6 @@ def test_a_fork_bomb_stays_within_its_number_of_processes(user):
         replace(LIMITS, wall_seconds=1.0),
     )
     assert record.limit == "wall"
-    assert record.seconds < 5.0
 
 
 def test_many_processes_and_threads_are_refused_at_the_limit(user):
@@ -126,12 +126,10 @@ def test_memory_of_many_processes_together_is_limited_too(user):
         for i in range(10):
             if os.fork() == 0:
                 x = b'x' * (100 * 1024**2)
-                time.sleep(60)
-        time.sleep(60)
+                time.sleep(10**6)
+        time.sleep(10**6)
     """
-    record = run(user, source)
-    assert record.limit == "memory"
-    assert record.seconds < 10.0
+    assert run(user, source).limit == "memory"
 
 
 def test_memory_that_is_neither_address_space_nor_a_file_is_refused(user):
@@ -158,9 +156,8 @@ def test_endless_output_ends_the_program_at_the_limit_on_either_stream(user):
 def test_an_endless_loop_ends_by_cpu_time_and_a_sleep_by_the_wall_clock(user):
     record = run(user, "while True: pass", replace(LIMITS, cpu_seconds=1))
     assert record.limit == "cpu"
-    record = run(user, "import time\ntime.sleep(60)", replace(LIMITS, wall_seconds=0.3))
+    record = run(user, "import time\ntime.sleep(10**6)", replace(LIMITS, wall_seconds=0.3))
     assert record.limit == "wall"
-    assert record.seconds < 3.0
 
 
 def test_a_program_that_ignores_signals_ends_all_the_same(user):
@@ -197,20 +194,21 @@ def test_files_without_end_are_refused_one_by_one_and_together(user):
     assert int(second.split()[1]) <= LIMITS.disk_bytes * 5 // 4
 
 
+# More than the limit, and then it waits: who looks at it may be late.
 EMPTY_FILES = """
     import os, time
-    for i in range(300_000):
+    for i in range(20_000):
         os.close(os.open(f'/tmp/w/{i}', os.O_CREAT))
-    print('made them')
+    print('made them', flush=True)
+    time.sleep(SECONDS)
 """
 
 
 def test_empty_files_and_folders_without_end_end_the_program(user):
-    record = run(user, EMPTY_FILES)
-    assert (record.limit, record.stdout) == ("files", b"")
-    folders = "import os\nfor i in range(300_000): os.mkdir(f'/dev/shm/{i}')"
+    assert run(user, EMPTY_FILES.replace("SECONDS", "10**6")).limit == "files"
+    folders = "import os, time\nfor i in range(20_000): os.mkdir(f'/dev/shm/{i}')\ntime.sleep(10**6)"
     assert run(user, folders).limit == "files"
-    few = run(user, EMPTY_FILES.replace("300_000", "3_000") + "    time.sleep(0.2)")
+    few = run(user, EMPTY_FILES.replace("20_000", "3_000").replace("SECONDS", "0.2"))
     assert (few.limit, few.stdout) == (None, b"made them\n")
 
 
@@ -221,20 +219,20 @@ def test_a_process_whose_first_thread_has_ended_is_looked_at_all_the_same(user):
             time.sleep(0.2)
             data = bytearray(150 << 20)
             for i in range(0, len(data), 4096): data[i] = 1
-            time.sleep(30)
+            time.sleep(10**6)
         for _ in range(3):
             if os.fork() == 0:
                 threading.Thread(target=eat).start()
                 ctypes.CDLL(None).syscall(60, 0)  # exit: of this thread alone
-        time.sleep(30)
+        time.sleep(10**6)
     """
     assert run(user, memory).limit == "memory"
     files = """
         import ctypes, os, threading, time
         def fill():
             time.sleep(0.1)
-            for i in range(300_000): os.close(os.open(f'/tmp/w/{i}', os.O_CREAT))
-            os.write(1, b'made them')
+            for i in range(20_000): os.close(os.open(f'/tmp/w/{i}', os.O_CREAT))
+            time.sleep(10**6)
         threading.Thread(target=fill).start()
         ctypes.CDLL(None).syscall(60, 0)
     """
@@ -251,7 +249,7 @@ def test_root_without_the_right_to_look_into_processes_counts_files_as_the_sandb
         return stat(path, *arguments, **keywords)
 
     monkeypatch.setattr(os, "stat", refuse)
-    assert run(0, EMPTY_FILES).limit == "files"
+    assert run(0, EMPTY_FILES.replace("SECONDS", "10**6")).limit == "files"
 
 
 def test_no_file_of_the_host_can_be_read_or_seen(user, tmp_path):
@@ -338,12 +336,12 @@ def test_daemons_do_not_outlive_the_program(user):
                 os.setsid()
                 if os.fork(): os._exit(0)
                 for fd in range(3): os.close(fd)
-                time.sleep(120)
+                time.sleep(10**6)
         print('done', flush=True)
     """
     record = run(user, source)
     assert (record.exit_code, record.stdout) == (0, b"done\n")
-    assert record.seconds < 10.0
+    assert record.limit is None, "nobody waited for the daemons"
 
 
 def test_symlinks_and_proc_lead_nowhere(user):
@@ -387,7 +385,7 @@ def test_ptrace_and_the_memory_of_others_are_refused(user):
         libc = ctypes.CDLL(None, use_errno=True)
         child = os.fork()
         if child == 0:
-            import time; time.sleep(30)
+            import time; time.sleep(10**6)
         print(libc.ptrace(16, child, 0, 0), libc.ptrace(0, 0, 0, 0))
     """
     if not Sandbox().has_seccomp:
@@ -467,20 +465,15 @@ def test_a_sandbox_ends_with_the_process_that_started_it(user):
     def work():
         pid = os.fork()
         if pid == 0:
-            Sandbox().run_python(f"# {MARK}\nimport time\ntime.sleep(120)", b"", replace(LIMITS, wall_seconds=100.0))
-        deadline = time.monotonic() + 10
+            Sandbox().run_python(f"# {MARK}\nimport time\ntime.sleep(10**6)", b"", replace(LIMITS, wall_seconds=1e6))
         # Wait for the program itself. bubblewrap, which names it too, asks to end with us only moments after its start.
-        while all("bwrap" in line for line in left_over()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        started = bool(left_over())
+        wait_until(lambda: any("bwrap" not in line for line in left_over()), "the program has started")
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        deadline = time.monotonic() + 10
-        while left_over() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        return started, left_over()
+        wait_until(lambda: not left_over(), "the program has ended")
+        return True
 
-    assert as_user(user, work) == (True, [])
+    assert as_user(user, work)
 
 
 def test_who_is_ended_at_any_moment_of_the_start_leaves_nothing(user):
@@ -489,7 +482,7 @@ def test_who_is_ended_at_any_moment_of_the_start_leaves_nothing(user):
     def work():
         box = Sandbox()
         for step in range(40):
-            with box.start(Program(command=box.python_command(f"# {MARK}\nimport time\ntime.sleep(60)")), LIMITS):
+            with box.start(Program(command=box.python_command(f"# {MARK}\nimport time\ntime.sleep(10**6)")), LIMITS):
                 time.sleep(step * 0.00075)
         return left_over()
 
@@ -540,7 +533,7 @@ for fd in range(3, 300):
 def test_who_does_not_answer_or_never_ends_its_answer_is_ended(user):
     def work():
         box = Sandbox()
-        silent = Program(command=box.python_command("import time\ntime.sleep(60)"), talks=True)
+        silent = Program(command=box.python_command("import time\ntime.sleep(10**6)"), talks=True)
         with box.start(silent, replace(LIMITS, wall_seconds=0.5)) as run:
             with pytest.raises(Ended, match="no answer"):
                 run.ask(b"question", 100)
@@ -563,17 +556,29 @@ def test_who_does_not_answer_or_never_ends_its_answer_is_ended(user):
 def test_root_is_left_before_bubblewrap_starts():
     user = Identity().user
     assert user == sandbox_module.UNPRIVILEGED_ID
-    thread = threading.Thread(
-        target=lambda: Sandbox().run_python(f"# {MARK}\nimport time\ntime.sleep(1)", b"", LIMITS), daemon=True
-    )
+    box, runs = Sandbox(), []
+
+    def work() -> None:
+        program = Program(command=box.python_command(f"# {MARK}\nimport time\ntime.sleep(10**6)"))
+        with box.start(program, LIMITS) as running:
+            runs.append(running)
+            running.finish()
+
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     seen: set[int] = set()
-    while thread.is_alive():
+
+    def is_seen() -> bool:
         for process in psutil.process_iter(["cmdline", "uids"]):
             if "bwrap" in (process.info["cmdline"] or [""])[0] and MARK in process.info["cmdline"][-1]:
-                seen |= set(process.info["uids"])
-        time.sleep(0.05)
-    assert user in seen
+                seen.update(process.info["uids"])
+        return user in seen
+
+    wait_until(is_seen, f"Bubblewrap runs as user {user}", pause=0.005)
+    wait_until(lambda: any("bwrap" not in line for line in left_over()), "the program has started")
+    is_seen()
+    runs[0].stop()
+    thread.join()
     assert 0 not in seen
 
 

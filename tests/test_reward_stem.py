@@ -55,7 +55,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def pool():
-    with RewardPool("stem", workers=1, timeout_seconds=20.0) as pool:
+    with RewardPool("stem", workers=1, timeout_seconds=240.0) as pool:
         yield pool
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-import time
 from collections.abc import Iterator
 
 import httpx
@@ -36,7 +35,7 @@ async def one_verdict(rewards: Rewards, domain: str, question: str, answer: str,
 
 
 def test_the_domain_of_the_prompt_says_how_its_responses_are_judged() -> None:
-    section = RewardSection(kind="math", domains={"words": "exact", "physics": "stem"}, timeout_seconds=20.0)
+    section = RewardSection(kind="math", domains={"words": "exact", "physics": "stem"}, timeout_seconds=240.0)
     half, about = "\\boxed{\\frac{2}{4}}", "\\boxed{102}"
     assert verdict(section, "algebra", "1/2", half).reason == "correct"
     assert verdict(section, "words", "1/2", half).reason == "wrong"
@@ -68,7 +67,9 @@ def test_the_judge_is_asked_only_what_rules_call_wrong(endpoint, monkeypatch) ->
 def test_what_the_judge_fails_at_is_an_error_and_not_a_zero(endpoint, monkeypatch) -> None:
     url, handler = endpoint
     monkeypatch.setattr(endpoint_module, "_PAUSE_SECONDS", 0)
-    section = RewardSection(judge=JudgeSection(domains=("d",), url=url, model="judge-1", max_answer_characters=20))
+    section = RewardSection(
+        timeout_seconds=240, judge=JudgeSection(domains=("d",), url=url, model="judge-1", max_answer_characters=20)
+    )
     handler.replies += [503, None, "VERDICT: SAME", "Hm.", 400, 500, 500, 500, None, None, None]
     box = "\\boxed{a}"
     assert verdict(section, "d", "b", box).reason == "correct"  # asked again after the 503 and the break
@@ -86,24 +87,29 @@ def test_a_question_that_hangs_is_asked_again_and_ends_when_cancelled(endpoint, 
     monkeypatch.setattr(endpoint_module, "_PAUSE_SECONDS", 0)
     hung = threading.Event()
     judge = JudgeSection(domains=("d",), url=url, model="judge-1", timeout_seconds=0.5)
-    handler.replies += [hung, "VERDICT: SAME", hung]
-    assert verdict(RewardSection(judge=judge), "d", "b", "\\boxed{a}").reason == "correct"
-    patient = RewardSection(judge=judge.model_copy(update={"timeout_seconds": 50.0}))
+    handler.replies.append(hung)
+    # Also where a slow machine does not take the answer in time, and asks once more.
+    handler.answer = staticmethod(lambda body: "VERDICT: SAME")
+    assert verdict(RewardSection(timeout_seconds=240, judge=judge), "d", "b", "\\boxed{a}").reason == "correct"
+    handler.answer = staticmethod(lambda body: hung)
+    patient = RewardSection(timeout_seconds=240, judge=judge.model_copy(update={"timeout_seconds": 1e6}))
 
     async def cancelled() -> None:
         with Rewards(patient) as rewards:
             await asyncio.wait_for(one_verdict(rewards, "d", "Which?", "b", "\\boxed{a}"), 0.5)
 
-    started = time.monotonic()
-    with pytest.raises(TimeoutError):
-        asyncio.run(cancelled())  # waits for threads that are left
-    assert time.monotonic() - started < 10
-    hung.set()
+    try:
+        with pytest.raises(TimeoutError):
+            asyncio.run(cancelled())  # waits for threads that are left: there is none, or this would not end
+    finally:
+        hung.set()
 
 
 def test_the_key_of_the_judge_is_told_to_nobody(endpoint, monkeypatch) -> None:
     url, handler = endpoint
-    section = RewardSection(judge=JudgeSection(domains=("d",), url=url, model="judge-1", api_key_variable="JUDGE_KEY"))
+    section = RewardSection(
+        timeout_seconds=240, judge=JudgeSection(domains=("d",), url=url, model="judge-1", api_key_variable="JUDGE_KEY")
+    )
     handler.replies += ["VERDICT: SAME", (400, "no such key: s3cret")]
     monkeypatch.setenv("JUDGE_KEY", "s3cret\n")  # as `$(cat key)` does not leave it, but a file does
     assert verdict(section, "d", "b", "\\boxed{a}").reason == "correct"

@@ -114,7 +114,7 @@ def ask(answer: Callable[[dict], dict], shape: RoutedShape | None) -> Completion
         client = GenerationClient("http://fake")
         client._idle = [Answering(answer)]  # type: ignore[list-item]
         wanted = SampleRequest(input_ids=[7, 8], seed=1, max_new_tokens=1)
-        generated = await client.generate(wanted, temperature=1.0, timeout_seconds=5.0, routed=shape)
+        generated = await client.generate(wanted, temperature=1.0, timeout_seconds=240.0, routed=shape)
         await client.close()
         return generated
 
@@ -180,7 +180,7 @@ def test_no_more_bodies_with_routed_experts_are_read_than_there_are_places() -> 
             client._idle = [Slow(lambda _: answer(routed_experts=encoded(GOOD)))]  # type: ignore[list-item]
         wanted = SampleRequest(input_ids=[7, 8], seed=1, max_new_tokens=1)
         found = await gather_all(
-            client.generate(wanted, temperature=1.0, timeout_seconds=5.0, routed=routed) for client in clients
+            client.generate(wanted, temperature=1.0, timeout_seconds=240.0, routed=routed) for client in clients
         )
         assert [len(one.output_ids) for one in found] == [1] * 8
         for client in clients:
@@ -207,7 +207,7 @@ def test_a_place_for_a_body_is_free_again_after_a_failure() -> None:
             client._idle = [connection]  # type: ignore[list-item]
             wanted = SampleRequest(input_ids=[7, 8], seed=1, max_new_tokens=1)
             with contextlib.suppress(ServerLost, RequestRefused):
-                await client.generate(wanted, temperature=1.0, timeout_seconds=2.0, routed=SHAPE)
+                await client.generate(wanted, temperature=1.0, timeout_seconds=240.0, routed=SHAPE)
             assert not bodies.locked()
 
     asyncio.run(run())

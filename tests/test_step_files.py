@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from rank_zero import config_of
+from until import wait_until
 
 from megatron_rl.errors import Fault
 from megatron_rl.train.run.step_files import StepFiles
@@ -28,7 +29,7 @@ class Held:
 
     def __iter__(self) -> Iterator[str]:
         yield "first\n"
-        assert self.may_end.wait(20)
+        assert self.may_end.wait(240)
         yield "last\n"
 
 
@@ -58,7 +59,7 @@ def test_a_third_file_waits_for_the_first(files: StepFiles, tmp_path: Path) -> N
     third.join(0.2)
     assert third.is_alive()
     helds[0].may_end.set()
-    third.join(20)
+    third.join(240)
     assert not third.is_alive()
     assert (tmp_path / "a").exists()
     for held in helds:
@@ -89,11 +90,8 @@ def test_a_full_disk_keeps_the_file_that_was_there_and_is_told_once(files: StepF
 
 def test_the_next_step_hears_of_what_failed_and_a_mistake_of_ours_stays_one(files: StepFiles, tmp_path: Path) -> None:
     files.write(tmp_path / "a", failing(OSError(errno.EIO, "Input/output error")), "lost")
-    deadline = time.monotonic() + 20
     with pytest.raises(Fault, match="Input/output error"):
-        while time.monotonic() < deadline:
-            files.check()
-            time.sleep(0.01)
+        wait_until(files.check, "the next step hears of it")
     files.write(tmp_path / "a", failing(KeyError("position")), "lost")
     with pytest.raises(KeyError, match="position"):
         files.settle()
@@ -113,8 +111,7 @@ def test_lines_are_made_in_a_share_of_the_time_until_somebody_waits_for_them(fil
 
     began = time.perf_counter()
     files.write(tmp_path / "a", busy(), "lost")
-    while len(spent) < 20:
-        time.sleep(0.01)
+    wait_until(lambda: len(spent) >= 20, "twenty lines are made", pause=0.01)
     assert sum(spent[:20]) < 0.4 * (time.perf_counter() - began)
     files.settle()
     assert len(spent) == 60

@@ -164,7 +164,9 @@ def test_a_teacher_that_says_nothing_is_waited_for_in_words_and_asked_again(
     _, handler = endpoint
     monkeypatch.setattr(teacher_module, "_TELL_EVERY_SECONDS", 0.05)
     handler.replies.append(hung := threading.Event())
-    rollout("--prompts", "1", "--set", "teacher.timeout_seconds=0.3", "--set", "teacher.concurrent=1")
+    # Whoever is too slow for the limit once more asks again.
+    limits = ("teacher.timeout_seconds=0.3", "teacher.tries=50", "teacher.concurrent=1")
+    rollout("--prompts", "1", *(part for limit in limits for part in ("--set", limit)))
     hung.set()
     assert "waiting for 1 prompts; 0 responses so far" in caplog.text
     assert "; asking again in 0 s" in caplog.text

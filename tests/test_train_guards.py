@@ -95,15 +95,17 @@ def test_the_rows_of_a_resumed_run_are_seen_once_in_order_and_not_kept_in_memory
 
 
 def test_the_heartbeat_says_where_rank_0_is(tmp_path: Path) -> None:
-    watch = Watchdog(tmp_path, 0, 60.0)
+    watch = Watchdog(tmp_path, 0, 3600.0)
+    before = time.time()
     watch.enter("train", 7)
+    after = time.time()
     said = json.loads((tmp_path / "heartbeat.json").read_text())
-    other = Watchdog(tmp_path, 1, 60.0)
+    other = Watchdog(tmp_path, 1, 3600.0)
     other.enter("save", 9)
     watch.close()
     other.close()
     assert (said["phase"], said["step"]) == ("train", 7)
-    assert abs(said["time"] - time.time()) < 10
+    assert before <= said["time"] <= after
     assert json.loads((tmp_path / "heartbeat.json").read_text())["step"] == 7
 
 
@@ -111,12 +113,10 @@ def test_a_phase_beyond_its_deadline_writes_stacks_and_ends_the_process(tmp_path
     script = (
         "import sys, time, pathlib\nfrom megatron_rl.train.run.watchdog import Watchdog\n"
         "watch = Watchdog(pathlib.Path(sys.argv[1]), 3, 0.5)\n"
-        "def hang_here():\n    time.sleep(60)\n"
-        "watch.enter('train', 12)\nhang_here()\n"
+        "def hang_here():\n    watch.enter('train', 12)\n    time.sleep(10**6)\nhang_here()\n"
     )
-    started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=False)
-    assert (done.returncode, time.monotonic() - started < 30) == (1, True)
+    assert done.returncode == 1
     assert "rank 3, phase train of step 12: not done after train.phase_deadline_seconds = 0.5" in done.stderr
     stacks = (tmp_path / "stacks/rank_3.txt").read_text()
     assert stacks.startswith("rank 3, phase train of step 12, after 0.5 s\n")
@@ -124,7 +124,7 @@ def test_a_phase_beyond_its_deadline_writes_stacks_and_ends_the_process(tmp_path
 
 
 def test_lost_ranks_and_full_memory_are_told_in_words(tmp_path: Path) -> None:
-    watch = Watchdog(tmp_path, 2, 60.0)
+    watch = Watchdog(tmp_path, 2, 3600.0)
     watch.enter("train", 5)
     lost = "[/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:9"
     for error, message in [

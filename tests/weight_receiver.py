@@ -47,7 +47,7 @@ class Receiver(BaseHTTPRequestHandler):
                 body["world_size"],
                 body["group_name"],
                 self.backend,
-                60.0,
+                600.0,
                 device=self._device(),
             )
         elif self.path == "/destroy_weights_update_group" and Receiver.group is not None:

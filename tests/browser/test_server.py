@@ -24,7 +24,7 @@ def server(models: tuple[Path, Path]) -> Iterator[EmbeddedServer]:
     """Start a server as a person starts one by hand: it asks for no key."""
     server = EmbeddedServer(models[0], models[0].parent / "server.log", context_length=64, weight_version="ours")
     try:
-        server.wait_ready(60)
+        server.wait_ready(240)
         yield server
     finally:
         server.stop()
@@ -32,8 +32,8 @@ def server(models: tuple[Path, Path]) -> Iterator[EmbeddedServer]:
 
 def state(server: EmbeddedServer) -> tuple[str, dict[str, str], list[dict[str, object]]]:
     """Return the version and the checksums of the server's weights, and what runs or is paused."""
-    info = httpx.get(f"{server.url}/server_info", trust_env=False).json()
-    sums = httpx.get(f"{server.url}/weights_checker", trust_env=False).json()
+    info = httpx.get(f"{server.url}/server_info", trust_env=False, timeout=240).json()
+    sums = httpx.get(f"{server.url}/weights_checker", trust_env=False, timeout=240).json()
     return info["weight_version"], sums["checksums"], info["internal_states"]
 
 
@@ -44,14 +44,19 @@ def test_a_page_of_another_origin_is_refused_whatever_it_sends(
     with hostile_page(server.url, models[1]) as page:
         browser.open(page, 800, 600)
         assert browser.value("attack()") == []  # it may read nothing
-        browser.until(lambda: len(browser.statuses(server.port)) > 40, "answers")  # of beacons too
+        paths = {"/generate", "/update_weights_from_disk", "/flush_cache"}
+
+        def are_answered() -> bool:
+            found = browser.statuses(server.port)
+            return len(found) > 40 and {path for path, _ in found} >= paths
+
+        browser.until(are_answered, "answers")  # of beacons too
         statuses = browser.statuses(server.port)
-    assert {path for path, _ in statuses} >= {"/generate", "/update_weights_from_disk", "/flush_cache"}
     assert {status for _, status in statuses} == {403}
     assert state(server) == before
     # The same from a program, and it does.
     body = {"input_ids": [5], "sampling_params": {"max_new_tokens": 3}}
-    assert httpx.post(f"{server.url}/generate", json=body, trust_env=False).status_code == 200
+    assert httpx.post(f"{server.url}/generate", json=body, trust_env=False, timeout=240).status_code == 200
 
 
 def test_a_page_whose_name_was_made_to_lead_here_is_refused(

@@ -85,7 +85,7 @@ def test_weights_reach_a_receiver_bit_for_bit_over_the_update_group(name: str, t
     backend = device.backend()
     with receiver(backend, tmp_path) as url:
         spec = {"scenario": "received", "model": str(model), "url": url, "backend": backend, "parallel": parallel}
-        run_ranks(num_ranks, spec, tmp_path / "run", worker="push_worker.py", timeout_seconds=180)
+        run_ranks(num_ranks, spec, tmp_path / "run", worker="push_worker.py")
     report = json.loads((tmp_path / "run/report.json").read_text())
     expected = {tensor_name: checksum(tensor) for tensor_name, tensor in tensors_of(model).items()}
     # In buckets of one parameter, then in one bucket over the same group.

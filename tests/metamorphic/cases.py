@@ -196,7 +196,7 @@ def _dressed(text: str, gold: Gold) -> Texts:
     return [(rule, f"\\boxed{{{content}}}") for rule, content in inside] + around
 
 
-def judge(cases: Sequence[Case], workers: int = 1, seconds: float = 20.0) -> list[Verdict]:
+def judge(cases: Sequence[Case], workers: int = 1, seconds: float = 240.0) -> list[Verdict]:
     verdicts: list[Verdict | None] = [None] * len(cases)
     for reward in sorted({case.reward for case in cases}):
         places = [n for n, case in enumerate(cases) if case.reward == reward]

@@ -24,7 +24,7 @@ def model_and_scores(request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
     model = write_tiny_model(folder / "tiny", **(SHAPE | request.param))
     server = EmbeddedServer(model, folder / "server.log", context_length=64)
     sequences = [row["token_ids"] for row in make_spec(model)["sequences"]]
-    return model, input_logprobs(server, sequences, max_new_tokens=0, seconds=60)
+    return model, input_logprobs(server, sequences, max_new_tokens=0, seconds=240)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
