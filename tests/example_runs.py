@@ -25,7 +25,7 @@ def command(example: str, inputs: Path, run: Path, small: Sequence[str], *option
 
 def finish(arguments: list[str]) -> str:
     """Run a command to its end, which has to be a good one; returns what it said on stderr."""
-    done = forked.run(arguments, timeout=250)
+    done = forked.run(arguments, timeout=800)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stderr
 

@@ -46,7 +46,7 @@ def start(target: Callable[..., None], *arguments: Any) -> BaseProcess:
 
 
 def run(
-    command: Sequence[object], *, env: Mapping[str, str] | None = None, timeout: float = 300.0
+    command: Sequence[object], *, env: Mapping[str, str] | None = None, timeout: float = 800.0
 ) -> "subprocess.CompletedProcess[str]":
     """Run `[python, FILE or -m MODULE or -c CODE, ...]` as `subprocess.run(capture_output=True, text=True)` would."""
     words = [str(word) for word in command]
@@ -56,7 +56,7 @@ def run(
         try:
             process.join(timeout)
             if process.exitcode is None:
-                raise subprocess.TimeoutExpired(words, timeout, stderr=err.read_bytes())
+                raise subprocess.TimeoutExpired(words, timeout, _text(out), _text(err))
         finally:
             process.kill()
             process.join()

@@ -94,7 +94,7 @@ def run_ranks(
     num_ranks: int,
     spec: dict[str, Any],
     folder: Path,
-    timeout_seconds: float = 240,
+    timeout_seconds: float = 900,
     worker: str = "parallel_worker.py",
     on_cpu: bool | None = None,
 ) -> dict[str, Tensor]:
