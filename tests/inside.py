@@ -20,7 +20,7 @@ import os, signal
 def end_now():
     os.kill(os.getpid(), signal.SIGKILL)
 """
-# What a run that is killed waits for, as the beginning of its own code.
+# Code for `killed`: the end comes in the phase of `step`, when a group of it is in the journal.
 BEHIND_A_GROUP = """
 from megatron_rl.rollout.journal import Journal
 append = Journal.append

@@ -185,7 +185,7 @@ def kill(run: subprocess.Popen[bytes], folder: Path, rng: random.Random) -> str:
     return "all" if len(victims) > 1 else f"1 of {len(ranks)}"
 
 
-@pytest.mark.timeout(7200)
+@pytest.mark.timeout(10000)
 @pytest.mark.parametrize("chain", range(CHAINS))
 def test_a_run_that_is_killed_continues_to_the_same_numbers(
     chain: int, inputs: Path, undisturbed: dict[int, Outcome], tmp_path: Path
@@ -243,6 +243,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_run_soon_and_leaves_nothing(
                 process.kill()
 
 
+@pytest.mark.timeout(10000)
 def test_a_disk_that_takes_no_more_rollouts_stops_the_run_or_costs_it_the_log_as_configured(
     inputs: Path, tmp_path: Path
 ) -> None:
