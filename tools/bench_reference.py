@@ -51,8 +51,9 @@ def ratios(ours: Mapping[str, Any], reference: Mapping[str, Any], micro_batches:
     if "seconds" not in ours or "seconds" not in reference:
         return {}
     step, step_of_reference = (micro_batches * row["seconds"] + row["seconds_of_step"] for row in (ours, reference))
-    found = {"micro_batch": reference["seconds"] / ours["seconds"], "step": step_of_reference / step}
-    return {"ours_over_reference": {name: round(ratio, 3) for name, ratio in found.items()}}
+    found = {"micro_batch": (reference["seconds"], ours["seconds"]), "step": (step_of_reference, step)}
+    # Seconds of a micro-batch are a difference of two times, which noise can make 0 where little is computed.
+    return {"ours_over_reference": {name: round(a / b, 3) for name, (a, b) in found.items() if b > 0}}
 
 
 class Reference:

@@ -1,25 +1,30 @@
 """Tests whole runs with an agent: the budget is exact over turns, and a killed run ends with the same bits."""
 
 import json
-import os
-import time
 from pathlib import Path
 
 import example_runs
-import forked
 import numpy as np
 import pytest
 from example_runs import finish, numbers
 from inputs import ROOT, make_inputs
+from inside import killed
 
+from megatron_rl.config.data import RlData
 from megatron_rl.data.chat import load_tokenizer
+from megatron_rl.data.mixture import load_stream
 from megatron_rl.rollout.journal import records
 
 SMALL = [
     *("rollout.prompts_per_step=3", "rollout.samples_per_prompt=4", "rollout.max_response_tokens=8"),
     *("rollout.max_prompt_tokens=88", "rollout.max_running_requests=4", "rollout.servers=1", "rollout.threads=1"),
     *("threads=1", "budget.tokens=60", "train.steps=3", "train.micro_batch_tokens=256", "train.save_every=1"),
-    *("reward.workers=1", "optimizer.warmup_steps=0", f"rollout.agent={ROOT}/tests/agent_of_parity.py:run"),
+    *(
+        "reward.workers=1",
+        "optimizer.warmup_steps=0",
+        "rollout.agent_seconds=600",
+        f"rollout.agent={ROOT}/tests/agent_of_parity.py:run",
+    ),
 ]
 
 
@@ -57,18 +62,24 @@ def test_every_step_trains_exactly_the_budget_of_the_policys_tokens(whole: Path)
         assert sample["num_tokens"] <= 8
 
 
+# Ends the run in the middle of its second phase.
+AT_THE_TWELFTH_TURN = """
+from megatron_rl.gateway.turn_journal import TurnJournal
+keep, count = TurnJournal.keep, 0
+def keep_and_end(journal, key, digest, turn):
+    global count
+    keep(journal, key, digest, turn)
+    count += journal._path(1).exists()
+    if count == 12:
+        end_now()
+TurnJournal.keep = keep_and_end
+"""
+
+
 def test_a_run_that_was_killed_comes_to_the_same_bits(whole: Path, inputs: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = forked.Program(command(inputs, run), tmp_path / "log", os.environ)
-    turns = run / "journal/step_000001.turns"
-    deadline = time.monotonic() + 200
-    while process.poll() is None and time.monotonic() < deadline:
-        if turns.exists() and turns.stat().st_size > 3000:  # in the middle of the second phase
-            break
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
-    assert turns.exists()
+    killed(command(inputs, run), AT_THE_TWELFTH_TURN)
+    assert len(list(records(run / "journal/step_000001.turns"))) > 12
     finish(command(inputs, run, "--resume"))
     assert numbers(run) == numbers(whole)
     for step in range(3):
@@ -114,29 +125,66 @@ def test_benchmarks_are_answered_by_the_agent_inside_a_run_and_by_evaluate(input
     assert "responses to" not in finish([*evaluate, "--resume"])  # nothing was left to do
 
 
+# Ends the run in the phase that has turns carried from the one before, and turns of its own, of five trajectories or
+# more. The checkpoint between the phases is on the disk then: without it the first phase would be done again.
+WITH_CARRIED_TURNS = """
+import json, time
+import numpy as np
+from megatron_rl.gateway.turn_journal import TurnJournal
+begin, write = TurnJournal.open, TurnJournal._write
+phase, keys, versions = 0, set(), set()
+def begin_and_note(journal, step, carried):
+    global phase
+    phase = step
+    keys.clear()
+    versions.clear()
+    begin(journal, step, carried)
+def write_and_end(journal, content):
+    write(journal, content)
+    line, _, data = content.partition(b"\\n")
+    head = json.loads(line)
+    if "digest" in head:
+        keys.add(tuple(head["key"]))
+        if sum(position == 0 for position, _ in keys) == 4:
+            (journal._folder.parent.parent / "first_prompt_has_turns").touch()
+        versions.update(np.split(np.frombuffer(data, "<i4"), 3)[2].tolist())
+    if len(keys) >= 5 and min(versions) < phase == max(versions):
+        latest = journal._folder.parent / "checkpoints/latest"
+        while not latest.exists() or latest.read_text() != f"step_{phase}":
+            time.sleep(0.01)
+        end_now()
+TurnJournal.open, TurnJournal._write = begin_and_note, write_and_end
+"""
+
+
 def test_a_run_of_c3po_plus_plus_goes_on_from_the_turns_of_a_phase_that_was_killed(
     inputs: Path, tmp_path: Path
 ) -> None:
-    """Check that a resumed phase trains what was sampled before, also of trajectories carried from an earlier phase."""
-    run = tmp_path / "run"
-    options = ("--set", "rollout.partial=true", "--set", "train.steps=8")
-    process = forked.Program(command(inputs, run, *options), tmp_path / "log", os.environ)
-    # Whether a phase leaves anything unfinished is up to the clock, so any of five phases will do.
-    deadline = time.monotonic() + 200
-    found = None
-    while process.poll() is None and time.monotonic() < deadline and found is None:
-        found = next(filter(None, (carried_turns(run, phase) for phase in range(1, 6))), None)
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
-    assert found is not None, (tmp_path / "log").read_text()[-4000:]
-    first, kept = found
+    """Check that a resumed phase trains what was sampled before, also of trajectories carried from an earlier phase.
+
+    The agents of the first prompt do not go on in the first phase, so that phase leaves them unfinished. All others
+    wait until these have had their first turn.
+    """
+    run, train = tmp_path / "run", tmp_path / "train.jsonl"
+    order, _ = load_stream(RlData(train=inputs / "data/train.jsonl"), seed=1).take(0, 1)
+    rows = [json.loads(line) for line in (inputs / "data/train.jsonl").read_text().splitlines()]
+    for row in rows:
+        until = run / "journal/step_000001.turns" if row["id"] == order[0].id else tmp_path / "first_prompt_has_turns"
+        row["meta"] = row.get("meta", {}) | {"until": str(until)}
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = ("rollout.partial=true", "rollout.max_running_requests=8", f"data.train={train}", "train.steps=4")
+    options = [part for change in changes for part in ("--set", change)]
+    killed(command(inputs, run, *options), WITH_CARRIED_TURNS)
+    kept = turns_of(run / "journal/step_000001.turns")
+    carried = {key for key, turns in kept.items() if any(min(versions, default=1) < 1 for _, versions in turns)}
+    assert len(kept) >= 5
+    assert carried >= {(0, index) for index in range(4)}
     finish(command(inputs, run, *options, "--resume"))
 
-    assert [row["num_loss_tokens"] for row in numbers(run)] == [60] * 8
+    assert [row["num_loss_tokens"] for row in numbers(run)] == [60] * 4
     tokenizer = load_tokenizer(inputs / "model")
     seen, num_continued = set(), 0
-    for step in range(8):
+    for step in range(4):
         for line in (run / f"rollouts/step_{step:06d}.jsonl").read_text().splitlines():
             row = json.loads(line)
             if row["outcome"] != "trained":
@@ -145,7 +193,7 @@ def test_a_run_of_c3po_plus_plus_goes_on_from_the_turns_of_a_phase_that_was_kill
             assert key not in seen
             seen.add(key)
             said = [text for text, is_policys in row["segments"][0]["spans"] if is_policys]
-            for ids, _ in kept.get(key, []) if step >= first else []:
+            for ids, _ in kept.get(key, []) if step >= 1 else []:
                 has_ended = ids and ids[-1] == tokenizer.eos_token_id
                 text = tokenizer.decode(ids[:-1] if has_ended else ids)
                 num_continued += 1
@@ -153,19 +201,13 @@ def test_a_run_of_c3po_plus_plus_goes_on_from_the_turns_of_a_phase_that_was_kill
     assert num_continued >= 4
 
 
-def carried_turns(run: Path, phase: int) -> "tuple[int, Kept] | None":
-    """Return (phase, its turns on disk) once they are of four trajectories, some of them begun in an earlier phase."""
-    path = run / f"journal/step_{phase:06d}.turns"
+def turns_of(path: Path) -> Kept:
+    """Read the turns of a phase that are on disk."""
     kept: Kept = {}
-    try:
-        contents = [content for content, _ in records(path)]
-    except FileNotFoundError:
-        return None
-    for content in contents[1:]:
+    for content in [content for content, _ in records(path)][1:]:
         line, _, data = content.partition(b"\n")
         head = json.loads(line)
         if "outcome" not in head:
             ids, _, versions = np.split(np.frombuffer(data, "<i4"), 3)
             kept.setdefault(tuple(head["key"]), []).append((ids.tolist(), versions.tolist()))
-    is_carried = any(min(versions, default=phase) < phase for turns in kept.values() for _, versions in turns)
-    return (phase, kept) if is_carried and len(kept) >= 4 else None
+    return kept

@@ -183,6 +183,7 @@ def test_the_reference_learns_what_it_is_given() -> None:
 def test_ratios_to_the_reference_by_hand() -> None:
     ours, theirs = ({"seconds": a, "seconds_of_step": b} for a, b in ((0.25, 1.0), (0.5, 3.0)))
     assert ratios(ours, theirs, 8) == {"ours_over_reference": {"micro_batch": 2.0, "step": 2.333}}
+    assert ratios(ours | {"seconds": 0.0}, theirs, 8) == {"ours_over_reference": {"step": 7.0}}
     assert ratios({"left_out": "out of memory"}, theirs, 8) == ratios(ours, {"left_out": "no"}, 8) == {}
 
 
@@ -190,7 +191,7 @@ def test_all_of_it_at_a_tiny_size() -> None:
     command = [sys.executable, str(ROOT / "tools/bench_gpu.py"), "--smoke", "--rounds", "1", "--micro-batches", "2"]
     command += ["--lengths", "32", "--choices", "expert_weight_gradient"]
     environment = os.environ | {"MEGATRON_RL_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
-    done = forked.run(command, timeout=280, env=environment)
+    done = forked.run(command, timeout=800, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout)
     rows = [(row["length"], row["recompute"]) for row in found["training"]]
@@ -204,8 +205,10 @@ def test_all_of_it_at_a_tiny_size() -> None:
     reference, ours = found["reference"], found["training"][2]
     assert reference["class"] == "Qwen2MoeForCausalLM"
     assert reference["parameters"] == found["parameters"] + found["layers"] * 64
-    expected = reference["seconds"] / ours["seconds"]
-    assert reference["ours_over_reference"]["micro_batch"] == pytest.approx(expected, abs=1e-3)
+    told = reference["ours_over_reference"]
+    assert ("micro_batch" in told) == (ours["seconds"] > 0)
+    if ours["seconds"] > 0:
+        assert told["micro_batch"] == pytest.approx(reference["seconds"] / ours["seconds"], abs=1e-3)
 
 
 def test_names_that_are_not_known_are_refused() -> None:

@@ -4,10 +4,8 @@ import json
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,6 +18,7 @@ import forked
 import psutil
 import pytest
 import torch
+from inside import with_code
 from safetensors.torch import load_file
 
 import megatron_rl.evaluation.evaluate as evaluate_module
@@ -49,6 +48,7 @@ max_running_requests = 16
 servers = 1
 [reward]
 kind = "math"
+timeout_seconds = 300
 [benchmarks.ones]
 path = "{folder}/ones.jsonl"
 samples = 5
@@ -98,7 +98,7 @@ def write(path: Path, rows: list[dict]) -> None:
 
 def evaluate(inputs: Path, output: Path, *options: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     command = [*CLI, "evaluate", inputs / "evaluate.toml", "--output", output, *options]
-    done = forked.run(command, timeout=100)
+    done = forked.run(command)
     assert done.returncode == code, done.stderr[-4000:]
     assert "Traceback" not in done.stderr
     return done
@@ -167,20 +167,31 @@ def test_every_number_is_what_the_stored_responses_say(inputs: Path, whole: Path
     assert f"| average |  | {100 * fmean(both):.1f} [" in (whole / "results.md").read_text()
 
 
+# Signals the command once it has written so much. SIGTERM goes on as SIGINT does.
+AFTER_SOME_RESPONSES = """
+import os, signal
+from megatron_rl.rollout.append_log import _Appending
+write, signalled = _Appending._write, False
+def write_and_signal(appending, texts):
+    global signalled
+    write(appending, texts)
+    if not signalled and os.path.getsize(appending._file.name) > 5000:
+        signalled = True
+        os.kill(os.getpid(), signal.SIGTERM)
+_Appending._write = write_and_signal
+"""
+
+
 def test_a_stop_keeps_the_responses_and_resume_comes_to_the_same_numbers(
     inputs: Path, whole: Path, tmp_path: Path
 ) -> None:
-    # Enough to be stopped in the middle of; the first samples of every prompt are those of the whole evaluation.
+    # Far more than there is before the signal; the first samples of every prompt are those of the whole evaluation.
     options = ["evaluate", str(inputs / "evaluate.toml"), "--output", str(tmp_path / "out"), "--benchmark", "ones"]
     many = [*CLI, *options, "--set", "benchmarks.ones.samples=3000"]
-    process = subprocess.Popen(many, stderr=subprocess.PIPE)
-    responses, give_up = tmp_path / "out/ones.jsonl", time.monotonic() + 120
-    while not responses.exists() or len(responses.read_bytes()) < 5000:
-        assert time.monotonic() < give_up
-        time.sleep(0.02)
+    responses = tmp_path / "out/ones.jsonl"
+    process = subprocess.run(with_code(many, AFTER_SOME_RESPONSES), stderr=subprocess.PIPE, timeout=600, check=False)
+    said = process.stderr
     server = int((tmp_path / "out/evaluate_server_0.pid").read_text())
-    process.send_signal(signal.SIGTERM)  # which goes on as SIGINT does
-    _, said = process.communicate(timeout=60)
     assert process.returncode == 75, said[-2000:]
     assert f"the responses so far are in {tmp_path}/out; --resume goes on with them" in said.decode()
     assert b"Traceback" not in said
@@ -246,7 +257,7 @@ def test_what_no_judge_got_to_is_judged_again_from_its_text(inputs: Path, whole:
     for row in rows[::3]:
         row |= {"score": 0.0, "reason": "timeout", "details": "not done after 3 s"}
     write(tmp_path / "out/ones.jsonl", rows)
-    patience = ["reward.timeout_seconds=30", "reward.judge.timeout_seconds=300", "reward.judge.concurrent=1"]
+    patience = ["reward.timeout_seconds=600", "reward.judge.timeout_seconds=300", "reward.judge.concurrent=1"]
     evaluate_here(inputs, tmp_path / "out", *patience)
     assert results(tmp_path / "out")["benchmarks"] == results(whole)["benchmarks"]
     assert lines(tmp_path / "out", "ones") == lines(whole, "ones")

@@ -41,7 +41,7 @@ max_prompt_tokens = 32
 max_response_tokens = 160
 max_running_requests = 8
 servers = 2
-silence_seconds = 4
+silence_seconds = 20
 [budget]
 tokens = 2000
 [optimizer]
@@ -51,7 +51,7 @@ kl_coefficient = 1e-3
 [train]
 steps = 3
 micro_batch_tokens = 512
-phase_deadline_seconds = 120
+phase_deadline_seconds = 600
 """
 # Seeds alone decide these metrics, whatever happens to the servers.
 NUMBERS = ("reward", "num_loss_tokens", "loss", "entropy", "kl", "grad_norm", "num_carried", "num_generated_tokens")
@@ -73,6 +73,43 @@ from megatron_rl.rollout import supervisor as supervisor
 supervisor.new_key = lambda: {KEY!r}
 sys.exit(main())
 """
+# The beginning of code that a run executes before WITH_KNOWN_KEY, to act in the very phase that is meant.
+SABOTAGE = """
+import json, os, pathlib, signal, time
+from megatron_rl.checkpoint import steps
+from megatron_rl.rollout.archive import unpack_carry
+from megatron_rl.rollout.client import GenerationClient
+from megatron_rl.rollout.pool import ServerPool
+from megatron_rl.train.run.metrics import MetricsLog
+
+run, step = pathlib.Path(os.environ["RUN_DIR"]), 0
+generate, write, point_to, ask = ServerPool.generate, MetricsLog.write, steps.point_to, GenerationClient.generate
+
+def send(name, number):
+    os.kill(int((run / f"{name}.pid").read_text()), number)
+"""
+# Kills server_0 in the rollout phases of `in_rollout`, when the first response has come and it owes others. Behind the
+# steps of `behind` it sends a signal to a server, before the next weights are pushed.
+SERVERS_GO = (
+    SABOTAGE
+    + """
+async def generate_and_kill(pool, *arguments, **more):
+    completion = await generate(pool, *arguments, **more)
+    if step in in_rollout and pool._members[0].outstanding_requests:
+        in_rollout.remove(step)
+        send("server_0", signal.SIGKILL)
+    return completion
+
+def write_and_send(log, row):
+    global step
+    write(log, row)
+    step = row["step"] + 1
+    if row["step"] in behind:
+        send(*behind[row["step"]])
+
+ServerPool.generate, MetricsLog.write = generate_and_kill, write_and_send
+"""
+)
 
 
 class Run:
@@ -85,22 +122,23 @@ class Run:
         *options: str,
         resume: bool = False,
         code: tuple[str, str] = ("-c", WITH_KNOWN_KEY),
+        inside: str = "",
         **environment: str,
     ) -> None:
-        """Start the run. code: the interpreter's arguments that stand in for the command."""
+        """Start the run. code: the interpreter's arguments that stand in for the command. inside: runs before them."""
         folder.mkdir(exist_ok=True)
         self.folder, self.run_dir = folder, folder / "run"
         config = folder / "config.toml"
         config.write_text(CONFIG.format(folder=inputs, run=self.run_dir))
-        command = [sys.executable, *code, "train", str(config)]
+        command = [sys.executable, code[0], inside + code[1], "train", str(config)]
         command += [part for option in options for part in ("--set", option)] + (["--resume"] if resume else [])
         self.log = folder / f"log{environment.get('RANK', '')}{'_resumed' if resume else ''}"
-        self.process = forked.Program(command, self.log, os.environ | environment)
+        self.process = forked.Program(command, self.log, os.environ | environment | {"RUN_DIR": str(self.run_dir)})
 
     def finish(self, code: int = 0) -> str:
         """Wait for the exit code `code`, check that no process of the run is left, and return its log."""
         try:
-            assert self.process.wait(120) == code, self.log.read_text()[-4000:]
+            assert self.process.wait(900) == code, self.log.read_text()[-4000:]
         finally:
             self.end()
         pids = [int(path.read_text()) for path in self.run_dir.glob("*.pid")]
@@ -118,7 +156,7 @@ class Run:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
-    def until(self, condition: Callable[[], object], seconds: float = 90) -> None:
+    def until(self, condition: Callable[[], object], seconds: float = 600) -> None:
         give_up = time.monotonic() + seconds
         while not condition():
             assert self.process.poll() is None, self.log.read_text()[-4000:]
@@ -162,15 +200,9 @@ def assert_same(found: Run, expected: Run) -> None:
 def test_two_servers_that_go_one_after_the_other_change_no_number(
     inputs: Path, undisturbed: Run, tmp_path: Path
 ) -> None:
-    run = Run(inputs, tmp_path / "run")
-    try:
-        run.until(lambda: run.is_running("server_0"))
-        os.kill(run.pid("server_0"), signal.SIGKILL)
-        run.until(lambda: len(run.rows) == 1)
-        os.kill(run.pid("server_1"), signal.SIGSTOP)  # in a train phase, a push or a rollout, as it comes
-    except BaseException:
-        run.end()
-        raise
+    # The second one hangs.
+    goes = 'in_rollout, behind = {0}, {0: ("server_1", signal.SIGSTOP)}'
+    run = Run(inputs, tmp_path / "run", inside=SERVERS_GO + goes + "\n")
     run.finish()
     assert sum(row["num_lost_servers"] for row in run.rows) == 2
     assert_same(run, undisturbed)
@@ -181,15 +213,8 @@ def test_the_only_server_may_go_though_its_weights_came_over_a_process_group_and
 ) -> None:
     options = ("rollout.servers=1", "sync.transport=distributed", "rollout.max_running_requests=16")
     options += ("rollout.release_memory=true",)
-    run = Run(inputs, tmp_path / "run", *options)
-    try:
-        run.until(lambda: len(run.rows) == 1 and run.is_running("server_0"))
-        os.kill(run.pid("server_0"), signal.SIGKILL)
-        run.until(lambda: len(run.rows) == 2)
-        os.kill(run.pid("server_0"), signal.SIGKILL)  # in a train phase or a push
-    except BaseException:
-        run.end()
-        raise
+    goes = 'in_rollout, behind = {1}, {1: ("server_0", signal.SIGKILL)}'
+    run = Run(inputs, tmp_path / "run", *options, inside=SERVERS_GO + goes + "\n")
     said = run.finish()
     assert "pushing the weights again and starting the phase anew" in said
     assert_same(run, undisturbed)
@@ -201,7 +226,7 @@ def server(inputs: Path, tmp_path: Path) -> Iterator[EmbeddedServer]:
     settings = {"max_running_requests": 8, "context_length": 192, "weights_roots": [tmp_path], "key": KEY}
     server = EmbeddedServer(inputs / "model", log, **settings)
     try:
-        server.wait_ready(60)
+        server.wait_ready(600)
         yield server
     finally:
         server.stop()
@@ -241,23 +266,51 @@ def two_ranks() -> dict[str, str]:
     return {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
 
 
+# Notes behind the first step who has generated, and waits for the test.
+USED = (
+    SABOTAGE
+    + """
+used = set()
+async def ask_and_note(client, *arguments, **more):
+    used.add(client.url)
+    return await ask(client, *arguments, **more)
+
+def write_and_wait(log, row):
+    write(log, row)
+    if row["step"] == 0:
+        (run / "used.part").write_text(json.dumps(sorted(used)))
+        (run / "used.part").rename(run / "used.json")
+        while not (run / "may_go_on").exists():
+            time.sleep(0.01)
+
+GenerationClient.generate, MetricsLog.write = ask_and_note, write_and_wait
+"""
+)
+
+
 def test_each_of_two_nodes_owns_its_servers_and_rank_0_uses_them_all(
     inputs: Path, undisturbed: Run, tmp_path: Path
 ) -> None:
     shared = two_ranks() | {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     options = ("rollout.servers=1", "train.steps=2")
-    nodes = [Run(inputs, tmp_path / "run", *options, RANK=str(i), GROUP_RANK=str(i), **shared) for i in range(2)]
+    nodes = [
+        Run(inputs, tmp_path / "run", *options, inside=USED, RANK=str(i), GROUP_RANK=str(i), **shared) for i in range(2)
+    ]
+    run_dir, names = nodes[0].run_dir, ("server_0", "node1_server_0")
     try:
-        for name in ("server_0", "node1_server_0"):
-            nodes[0].until(lambda name=name: nodes[0].is_running(name))  # type: ignore[misc]
-            node = psutil.Process(nodes[0].pid(name)).parent()
-            assert node is not None
-            assert node.pid == nodes[name != "server_0"].process.pid
+        nodes[0].until((run_dir / "used.json").exists)
+        for name, node in zip(names, nodes, strict=True):
+            owner = psutil.Process(node.pid(name)).parent()
+            assert owner is not None
+            assert owner.pid == node.process.pid
+        (run_dir / "may_go_on").touch()
         for node in nodes:
-            node.process.wait(120)
+            node.process.wait(900)
     finally:
         for node in nodes:
             node.end()
+    urls = [re.findall(r"serving .* on (\S+)", (run_dir / f"{name}.log").read_text())[-1] for name in names]
+    assert json.loads((run_dir / "used.json").read_text()) == sorted(urls)
     nodes[1].finish()
     nodes[0].finish()
     # After the first step rounding tells two data-parallel ranks from one.
@@ -328,14 +381,29 @@ def test_rank_0_that_fails_in_a_push_says_why_and_the_other_rank_ends_with_it(in
             rank.end()
 
 
+# Kills the run behind the second checkpoint, or a later one, that has a response with tokens which goes on.
+CUT = (
+    SABOTAGE
+    + """
+def point_and_end(path):
+    point_to(path)
+    unfinished = unpack_carry((path / "carried.npz").read_bytes()).unfinished
+    is_cut = any(one.num_policy_tokens and not one.finish_reason for group in unfinished for one in group.responses)
+    if path.name != "step_1" and is_cut:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+steps.point_to = point_and_end
+"""
+)
+
+
 def test_a_killed_run_goes_on_with_its_unfinished_groups(inputs: Path, tmp_path: Path) -> None:
     options = ("rollout.partial=true", "rollout.servers=1", "train.save_every=1", "train.steps=400")
-    run = Run(inputs, tmp_path / "run", *options)
+    run = Run(inputs, tmp_path / "run", *options, inside=CUT)
     try:
-        run.until(lambda: len(run.rows) >= 2)
+        assert run.process.wait(900) == -signal.SIGKILL, run.log.read_text()[-4000:]
     finally:
-        run.process.kill()
-        run.process.wait()
+        run.end()
     newest = run.run_dir / "checkpoints" / (run.run_dir / "checkpoints/latest").read_text()
     step = json.loads((newest / "driver.json").read_text())["step"]
     carry = unpack_carry((newest / "carried.npz").read_bytes())

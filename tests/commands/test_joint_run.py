@@ -1,13 +1,10 @@
 """Tests that a whole run with a teacher is the same to the bit after kills; and tests a teacher's servers."""
 
 import asyncio
-import contextlib
 import json
-import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import forked
 import numpy as np
 import pytest
 from inputs import make_inputs
+from inside import BEHIND_A_GROUP, killed
 from reference import load_reference, segment_logprobs
 from samples import random_segment
 from tiny_model import tensors_of, write_tiny_model
@@ -74,38 +72,34 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_inputs(folder, 1, 100, 1, "--init-std", "0.1")
 
 
+# Kills the teacher's server when the first step has ended.
+TEACHER_GOES = """
+import pathlib
+from megatron_rl.train.run.metrics import MetricsLog
+write = MetricsLog.write
+def write_and_kill(log, row):
+    write(log, row)
+    if row["step"] == 0:
+        os.kill(int((log._path.parent / "teacher_server_0.pid").read_text()), signal.SIGKILL)
+MetricsLog.write = write_and_kill
+"""
+
+
 class Run:
-    """Runs `megatron-rl train` as a fork. `resume` starts it again."""
+    """Holds a run of `megatron-rl train` and its folder."""
 
     def __init__(self, inputs: Path, folder: Path) -> None:
         folder.mkdir()
-        self.run_dir, self.log = folder / "run", folder / "log"
-        self._config = folder / "config.toml"
-        self._config.write_text(CONFIG.format(folder=inputs, run=self.run_dir))
-        self.process = self._start()
+        self.run_dir = folder / "run"
+        config = folder / "config.toml"
+        config.write_text(CONFIG.format(folder=inputs, run=self.run_dir))
+        self.command = [sys.executable, "-m", "megatron_rl.cli", "train", str(config)]
 
-    def _start(self, *options: str) -> forked.Program:
-        command = [sys.executable, "-m", "megatron_rl.cli", "train", str(self._config), *options]
-        return forked.Program(command, self.log, os.environ)
-
-    def resume(self) -> None:
-        self.process = self._start("--resume")
-
-    def finish(self) -> None:
-        try:
-            assert self.process.wait(600) == 0, self.log.read_text()[-4000:]
-        finally:
-            self.process.kill()
-
-    def until(self, condition: Callable[[], object], seconds: float = 300) -> None:
-        give_up = time.monotonic() + seconds
-        while not condition():
-            assert self.process.poll() is None, self.log.read_text()[-4000:]
-            assert time.monotonic() < give_up, self.log.read_text()[-4000:]
-            time.sleep(0.005)
-
-    def teacher_pid(self) -> int:
-        return int((self.run_dir / "teacher_server_0.pid").read_text())
+    def finish(self, *options: str) -> str:
+        """Run to the end, and return what was said."""
+        done = forked.run([*self.command, *options])
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout + done.stderr
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -121,7 +115,7 @@ class Run:
         return {f"{p.parent.name}/{p.name}": p.read_text() for name in names for p in (self.run_dir / name).iterdir()}
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2700)
 def test_kills_change_no_number_of_a_run_with_a_teacher(inputs: Path, tmp_path: Path) -> None:
     whole = Run(inputs, tmp_path / "whole")
     whole.finish()
@@ -136,22 +130,13 @@ def test_kills_change_no_number_of_a_run_with_a_teacher(inputs: Path, tmp_path: 
     first = [json.loads(line) for line in (whole.run_dir / "tokens/step_000000.jsonl").open()]
     assert all(len(row["teacher_logprobs"]) == len(row["tokens"]) for row in first)
 
-    killed = Run(inputs, tmp_path / "killed")
-    try:
-        killed.until(lambda: len(killed.rows) == 1)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(killed.teacher_pid(), signal.SIGKILL)
-        journal = killed.run_dir / "journal/step_000001.journal"
-        killed.until(lambda: journal.exists() and journal.stat().st_size > 1000)
-    finally:
-        killed.process.kill()
-    killed.process.wait(60)
-    killed.resume()
-    killed.finish()
-    assert "groups of this phase were completed before" in killed.log.read_text()
-    assert killed.numbers() == whole.numbers()
-    assert killed.file_texts() == whole.file_texts()
-    ours, theirs = (tensors_of(run.run_dir / "hf") for run in (killed, whole))
+    again = Run(inputs, tmp_path / "killed")
+    killed(again.command, TEACHER_GOES + BEHIND_A_GROUP.format(step=1))
+    assert [row["step"] for row in again.rows] == [0]
+    assert "groups of this phase were completed before" in again.finish("--resume")
+    assert again.numbers() == whole.numbers()
+    assert again.file_texts() == whole.file_texts()
+    ours, theirs = (tensors_of(run.run_dir / "hf") for run in (again, whole))
     assert all(ours[name].equal(tensor) for name, tensor in theirs.items())
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -35,10 +36,10 @@ path = "{inputs}/model"
 train = "{inputs}/data/sft.jsonl"
 batch_tokens = 400
 [train]
-steps = 400
+steps = 20000
 save_every = 0
 micro_batch_tokens = 400
-phase_deadline_seconds = 100
+phase_deadline_seconds = 900
 """
 
 
@@ -78,18 +79,19 @@ class Run:
     def said(self) -> str:
         return self.log.read_text()
 
-    def until(self, what: str, seconds: float = 60) -> None:
+    def until(self, what: str, seconds: float = 600) -> None:
         give_up = time.monotonic() + seconds
         while not re.search(what, self.said):
             assert self.process.poll() is None, self.said
             assert time.monotonic() < give_up, f"still waiting for {what!r}: {self.said}"
             time.sleep(0.05)
 
-    def finish(self, code: int, seconds: float) -> str:
-        """Return the output after an end with `code` within `seconds`. Check that none of the processes is left."""
+    def finish(self, code: int) -> str:
+        """Return the output after an end with `code`, long before a phase has its deadline. Check that none of the
+        processes is left."""
         family = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
-        assert self.process.wait(seconds) == code, self.said[-4000:]
-        _, left = psutil.wait_procs(family, timeout=3)
+        assert self.process.wait(400) == code, self.said[-4000:]
+        _, left = psutil.wait_procs(family, timeout=300)
         assert not left
         return self.said
 
@@ -120,11 +122,17 @@ def left_by_another(port: int, rank: int = 0) -> dict[str, str]:
 # -- what the launcher makes of its ranks' ends --------------------------------------------------------------------
 
 
-def process(end: str, seconds: float = 0.0) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen([sys.executable, "-S", "-c", f"import os, time\ntime.sleep({seconds})\n{end}"])
+def process(end: str, seconds: float = 0.0, **options: Any) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen([sys.executable, "-S", "-c", f"import os, time\ntime.sleep({seconds})\n{end}"], **options)
 
 
-DEAF = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(flush=True)\ntime.sleep(60)"
+def with_handler(handler: str) -> "subprocess.Popen[bytes]":
+    """Start a process that waits for a long time. Return it when it has this handler of SIGTERM."""
+    code = f"import signal\nsignal.signal(signal.SIGTERM, {handler})\nprint(flush=True)\ntime.sleep(1000)"
+    found = process(code, stdout=subprocess.PIPE)
+    assert found.stdout is not None
+    assert found.stdout.readline() == b"\n"
+    return found
 
 
 class Scripted:
@@ -155,12 +163,29 @@ def test_the_exit_code_is_that_of_the_first_fault_and_75_only_where_nothing_wors
 def test_after_a_fault_the_others_are_ended_kindly_and_then_by_force(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_PATIENCE_AFTER_A_FAULT_SECONDS", 0.5)
     monkeypatch.setattr(launch, "_KINDNESS_SECONDS", 1.0)
-    kind = "import signal\nsignal.signal(signal.SIGTERM, lambda *_: os._exit(75))\ntime.sleep(60)"
-    started = time.monotonic()
-    ranks = [process(DEAF), process("os._exit(7)", 3.0), process(kind), process("time.sleep(60)")]
-    assert launch._watch(ranks) == 7
-    assert 4.5 <= time.monotonic() - started < 20
-    assert [rank.returncode for rank in ranks] == [-signal.SIGKILL, 7, 75, -signal.SIGTERM]
+    deaf, kind = with_handler("signal.SIG_IGN"), with_handler("lambda *_: os._exit(75)")
+    ranks = [deaf, process("os._exit(7)"), kind, process("time.sleep(1000)")]
+    ranks[1].wait()
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        """Go on with the clock, but stand still in the time of kindness until those who obey have ended."""
+        nonlocal now
+        time.sleep(0.01)
+        assert now > 1.6 or deaf.poll() is None
+        if now < 1.5 or all(rank.poll() is not None for rank in ranks[2:]):
+            now += seconds
+
+    # The fault is seen at 0.1, SIGTERM comes behind 0.6, and SIGKILL behind 1.7.
+    monkeypatch.setattr(launch, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: now))
+    try:
+        assert launch._watch(ranks) == 7
+        assert 1.7 < now < 2.2
+        assert [rank.returncode for rank in ranks] == [-signal.SIGKILL, 7, 75, -signal.SIGTERM]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
 
 
 def test_who_ends_well_ends_nobody_and_a_clean_stop_waits_longer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,6 +216,12 @@ if os.environ.get("RANK") == "0":
             ctypes.CDLL(None).sleep(60)
     Trainer.train_step = waits
 """
+# A busy machine may take longer over the words of rank 0 than the launcher usually waits for them.
+PATIENT = """
+if "RANK" not in os.environ:
+    from megatron_rl import launch
+    launch._KINDNESS_SECONDS = 300.0
+"""
 FAULT = "from megatron_rl.errors import Fault; raise Fault('told by rank 1')"
 
 
@@ -207,9 +238,9 @@ FAULT = "from megatron_rl.errors import Fault; raise Fault('told by rank 1')"
 def test_a_rank_that_goes_ends_the_run_within_seconds_with_its_code(
     inputs: Path, tmp_path: Path, how: str, site: str, told: str
 ) -> None:
-    run = Run(inputs, tmp_path, "--nproc", "2", site=GOES.replace("{how}", how) + site)
+    run = Run(inputs, tmp_path, "--nproc", "2", site=GOES.replace("{how}", how) + (site or PATIENT))
     with running(run):
-        said = run.finish(1, 60)
+        said = run.finish(1)
     assert told in said
     if how == FAULT:
         assert "told by rank 1" in said
@@ -223,7 +254,7 @@ def test_torchrun_ends_the_others_when_a_rank_has_a_fault(inputs: Path, tmp_path
     torchrun += ("--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}")
     run = Run(inputs, tmp_path, site=GOES.replace("{how}", FAULT), prefix=torchrun)
     with running(run):
-        said = run.finish(1, 90)
+        said = run.finish(1)
     assert "megatron-rl sft: told by rank 1" in said
     assert re.search(r"exitcode +: 1 ", said)
 
@@ -234,22 +265,37 @@ def test_ranks_that_no_launcher_watches_end_with_their_own_codes(inputs: Path, t
         Run(inputs, tmp_path, site=GOES.replace("{how}", FAULT), **left_by_another(port, rank)) for rank in range(2)
     ]
     with running(*ranks):
-        assert "told by rank 1" in ranks[1].finish(1, 60)
-        assert "lost contact with another rank" in ranks[0].finish(1, 10)
+        assert "told by rank 1" in ranks[1].finish(1)
+        assert "lost contact with another rank" in ranks[0].finish(1)
 
 
 # -- whole runs: signals ----------------------------------------------------------------------------------------------
+
+
+# Ranks wait for each other for ever.
+APART = """
+import os
+print("up", flush=True)
+if "RANK" in os.environ:
+    import time
+    from megatron_rl import stores
+    def apart(place, seconds, check):
+        while True:
+            check()
+            time.sleep(0.02)
+    stores.join = apart
+"""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_before_there_is_anything_to_save_ends_every_rank_with_130(
     inputs: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    run = Run(inputs, tmp_path, "--nproc", "2", site="import sys; print('up', flush=True)")
+    run = Run(inputs, tmp_path, "--nproc", "2", site=APART)
     with running(run):
         run.until("(?s)(up\n.*){3}")  # the ranks' interpreters run, and have not met
         run.process.send_signal(number)
-        said = run.finish(130, 20)
+        said = run.finish(130)
     assert "Traceback" not in said.replace("Exception ignored", "")
     assert not (tmp_path / "run/checkpoints/latest").exists()
 
@@ -258,9 +304,9 @@ def test_a_signal_behind_a_step_saves_and_ends_with_75_as_often_as_it_is_resumed
     for resume, number in (((), signal.SIGUSR1), (("--resume",), signal.SIGINT)):
         run = Run(inputs, tmp_path, "--nproc", "2", *resume)
         with running(run):
-            run.until("step [0-9]+ of 400")
+            run.until("step [0-9]+ of 20000")
             run.process.send_signal(number)
-            run.finish(75, 30)
+            run.finish(75)
         assert (tmp_path / "run/checkpoints/latest").exists()
 
 
@@ -276,7 +322,7 @@ def test_a_rank_that_nobody_joins_says_for_whom_it_waits_and_obeys_a_signal_at_o
     with running(run):
         run.until("waits at")
         run.process.send_signal(number)
-        said = " ".join(run.finish(130, 5).split())
+        said = " ".join(run.finish(130).split())
     assert f"rank {rank} of 2 (RANK, WORLD_SIZE) waits at 127.0.0.1:{port} (MASTER_ADDR, MASTER_PORT)" in said
     assert ("for 1 of 2 ranks: 1" if rank == 0 else "for rank 0, which is not there") in said
     assert "`unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT`" in said
@@ -287,7 +333,7 @@ def test_a_rank_that_nobody_joins_says_for_whom_it_waits_and_obeys_a_signal_at_o
 def test_a_rank_gives_up_on_those_who_do_not_come(inputs: Path, tmp_path: Path) -> None:
     run = Run(inputs, tmp_path, "--set", "train.phase_deadline_seconds=7", **left_by_another(free_port()))
     with running(run):
-        said = run.finish(2, 90)
+        said = run.finish(2)
     assert "for 1 of 2 ranks: 1 after 7 s (train.phase_deadline_seconds)" in said
 
 
@@ -296,19 +342,19 @@ def test_what_has_the_port_and_is_no_rank_0_is_named(inputs: Path, tmp_path: Pat
         port = int(other.getsockname()[1])
         runs = [Run(inputs, tmp_path, **left_by_another(port, rank)) for rank in range(2)]
         with running(*runs):
-            assert f"rank 0 cannot listen on MASTER_PORT {port} of this machine" in runs[0].finish(2, 60)
+            assert f"rank 0 cannot listen on MASTER_PORT {port} of this machine" in runs[0].finish(2)
             runs[1].until("what listens there may be another program than rank 0")
             runs[1].process.send_signal(signal.SIGTERM)
-            runs[1].finish(130, 5)
+            runs[1].finish(130)
 
 
 def test_two_processes_of_one_rank_are_told(inputs: Path, tmp_path: Path) -> None:
     port = free_port()
     ranks = [Run(inputs, tmp_path / str(i), **left_by_another(port, rank)) for i, rank in enumerate((0, 1, 1))]
     with running(*ranks):
-        give_up = time.monotonic() + 60
+        give_up = time.monotonic() + 600
         while all(rank.process.poll() is None for rank in ranks[1:]):
-            assert time.monotonic() < give_up
+            assert time.monotonic() < give_up, f"neither has ended: {[rank.said for rank in ranks]}"
             time.sleep(0.1)
         (second,) = (rank for rank in ranks[1:] if rank.process.poll() is not None)
         assert second.process.returncode == 2
@@ -325,7 +371,7 @@ def test_a_machine_whose_own_name_does_not_resolve_trains(inputs: Path, tmp_path
     prefix = (*alone, "sh", "-c", f'hostname {name}; exec "$@"', "sh")
     run = Run(inputs, tmp_path, "--nproc", "2", "--set", "train.steps=1", prefix=prefix)
     with running(run):
-        run.finish(0, 60)
+        run.finish(0)
     assert (tmp_path / "run/hf/config.json").exists()
 
 
@@ -375,7 +421,7 @@ from megatron_rl.errors import exit_code, interrupt_on_signals
 def run():
     interrupt_on_signals()
     print("ready", flush=True)
-    time.sleep(60)
+    time.sleep(1000)
     return 0
 sys.exit(exit_code("p", run))
 """
@@ -394,7 +440,7 @@ def test_each_signal_interrupts_a_command_also_where_a_script_started_it_in_the_
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
     process.send_signal(number)
-    assert process.wait(10) == 130
+    assert process.wait(300) == 130
 
 
 def test_a_job_goes_back_into_the_queue_only_for_what_can_go_on(tmp_path: Path) -> None:
@@ -456,4 +502,4 @@ def test_a_mistake_in_the_environment_is_told_by_whatever_rank(
 ) -> None:
     run = Run(inputs, tmp_path, *options, **environment)
     with running(run):
-        assert told in run.finish(2, 30)
+        assert told in run.finish(2)

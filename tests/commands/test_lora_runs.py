@@ -45,7 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_with_adapters_serves_merged_weights_and_goes_on_bit_by_bit(model: Path, tmp_path: Path) -> None:
     config = write_run(tmp_path, model, "run", steps=4)
     command = [sys.executable, "-m", "megatron_rl.cli", "train", config]
-    done = forked.run(command, timeout=240)
+    done = forked.run(command, timeout=800)
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert max(row["logprob_difference_p999"] for row in metrics) < 1e-4  # servers have each step's merged weights
@@ -56,7 +56,7 @@ def test_a_run_with_adapters_serves_merged_weights_and_goes_on_bit_by_bit(model:
     assert changed == {name for name in whole if "proj" in name}
     # A kill after the second step leaves this.
     (tmp_path / "run/checkpoints/latest").write_text("step_2")
-    done = forked.run([*command, "--resume"], timeout=240)
+    done = forked.run([*command, "--resume"], timeout=800)
     assert done.returncode == 0, done.stderr[-3000:]
     again = tensors_of(tmp_path / "run/hf")
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
@@ -76,7 +76,7 @@ def test_supervised_training_of_adapters_learns_goes_on_bit_by_bit_and_leaves_a_
         "train = {steps = 12, save_every = 6, micro_batch_tokens = 400}\n"
     )
     command = [sys.executable, "-m", "megatron_rl.cli", "sft", config]
-    done = forked.run(command, timeout=240)
+    done = forked.run(command, timeout=800)
     assert done.returncode == 0, done.stderr[-3000:]
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0] - 0.5
@@ -85,7 +85,7 @@ def test_supervised_training_of_adapters_learns_goes_on_bit_by_bit_and_leaves_a_
     assert changed == {name for name in whole if "proj" in name}
     # What a kill after the sixth step leaves.
     (run / "checkpoints/latest").write_text("step_6")
-    done = forked.run([*command, "--resume"], timeout=240)
+    done = forked.run([*command, "--resume"], timeout=800)
     assert done.returncode == 0, done.stderr[-3000:]
     assert all(torch.equal(again, whole[name]) for name, again in tensors_of(run / "hf").items())
 
@@ -93,7 +93,7 @@ def test_supervised_training_of_adapters_learns_goes_on_bit_by_bit_and_leaves_a_
 def test_the_benchmark_of_adapters_at_a_tiny_size(model: Path) -> None:
     command = [sys.executable, ROOT / "tools/bench_lora.py", model, "--ranks", "4", "--rates", "1e-2", "--rounds", "1"]
     command += ["--steps", "1", "3", "--tokens", "64", "--length", "32", "--dtype", "bfloat16"]
-    done = forked.run(command, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = forked.run(command, timeout=800, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     whole, adapted = found["training"]

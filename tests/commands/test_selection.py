@@ -40,6 +40,8 @@ samples_per_prompt = 4
 max_prompt_tokens = 16
 max_response_tokens = 12
 servers = 1
+[reward]
+timeout_seconds = 300
 """
 
 
@@ -194,7 +196,7 @@ def config_of(inputs: Path, *changes: str) -> SelectConfig:
 
 def test_selection_from_end_to_end(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-m", "megatron_rl.cli", "select", inputs / "select.toml"]
-    done = forked.run(command, timeout=100)
+    done = forked.run(command)
     assert done.returncode == 0, done.stderr[-3000:]
     run_dir = inputs / "select"
     found = json.loads((run_dir / "results.json").read_text())

@@ -1,7 +1,8 @@
 """Runs that are killed again and again, and end with the numbers of one that was not.
 
 `make test-kill KILLS=30`. Each chain is one run: it is killed at a random moment of a random phase of every step, by
-SIGKILL to all of it or to one process of it, and started again with --resume until it ends.
+SIGKILL to all of it or to one process of it, and started again with --resume until it ends. A run that is faster than
+the test waits for it at the end of that phase.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,7 @@ max_running_requests = 8
 servers = 2
 [reward]
 kind = "math"
+timeout_seconds = 300
 [budget]
 tokens = 1200
 [optimizer]
@@ -55,7 +58,21 @@ kl_coefficient = 1e-3
 steps = {steps}
 save_every = 2
 micro_batch_tokens = 256
-phase_deadline_seconds = 120
+phase_deadline_seconds = 600
+"""
+# What every process of a run runs first. Rank 0 leaves the phase "PHASE of STEP" when there is a file.
+HOLD = """
+import os, pathlib, time
+if held := os.environ.get("HELD_PHASE"):
+    from megatron_rl.train.run.watchdog import Watchdog
+    enter = Watchdog.enter
+    def enter_in_time(watchdog, phase, step):
+        if watchdog._rank == 0 and hasattr(watchdog, "phase"):
+            now = f"{watchdog.phase} of {watchdog.step}"
+            while now == held != f"{phase} of {step}" and not pathlib.Path(os.environ["MAY_LEAVE"]).exists():
+                time.sleep(0.005)
+        enter(watchdog, phase, step)
+    Watchdog.enter = enter_in_time
 """
 
 
@@ -73,18 +90,23 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_inputs(tmp_path_factory.mktemp("inputs"), 10, 100, 8)
 
 
-def start(inputs: Path, folder: Path, ranks: int, *options: str) -> subprocess.Popen[bytes]:
+def start(inputs: Path, folder: Path, ranks: int, *options: str, held: str = "") -> subprocess.Popen[bytes]:
+    """Start the run. held: the phase that it leaves only when there is `folder/may_leave`, as in HOLD."""
     config = folder / "config.toml"
     config.write_text(CONFIG.format(inputs=inputs, run=folder / "run", steps=STEPS))
+    (folder / "site").mkdir(exist_ok=True)
+    (folder / "site/sitecustomize.py").write_text(HOLD)
+    (folder / "may_leave").unlink(missing_ok=True)
+    environment = {"PYTHONPATH": f"{folder}/site:{ROOT}", "HELD_PHASE": held, "MAY_LEAVE": f"{folder}/may_leave"}
     command = [PYTHON, "-m", "megatron_rl.cli", "train", config, "--resume", *options]
     if ranks > 1:
         command += ["--nproc", str(ranks)]
     with (folder / "log.txt").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log, start_new_session=True)
 
 
 def finish(run: subprocess.Popen[bytes], folder: Path) -> None:
-    assert run.wait(timeout=180) == 0, (folder / "log.txt").read_text()[-4000:]
+    assert run.wait(timeout=900) == 0, (folder / "log.txt").read_text()[-4000:]
 
 
 def outcome(folder: Path) -> Outcome:
@@ -111,12 +133,13 @@ def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return found
 
 
-def wait_for(phase: str, step: int, folder: Path, run: subprocess.Popen[bytes]) -> None:
-    """Wait until the run is in this phase of this step. For "reward", wait until its first groups are scored."""
-    heartbeat, journal = folder / "run/heartbeat.json", folder / f"run/journal/step_{step:06d}.journal"
-    deadline = time.monotonic() + 120
+def wait_for(phase: str, steps: Sequence[int], folder: Path, run: subprocess.Popen[bytes]) -> None:
+    """Wait until the run is in this phase of one of these steps; for "reward", until the first groups are scored."""
+    heartbeat, journal = folder / "run/heartbeat.json", folder / f"run/journal/step_{steps[0]:06d}.journal"
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
-        assert run.poll() is None, f"ended before {phase} of step {step}: {(folder / 'log.txt').read_text()[-3000:]}"
+        place = f"{phase} of {steps}"
+        assert run.poll() is None, f"ended before {place}: {(folder / 'log.txt').read_text()[-3000:]}"
         if phase == "reward":
             if journal.exists() and journal.stat().st_size > 1000:
                 return
@@ -126,10 +149,10 @@ def wait_for(phase: str, step: int, folder: Path, run: subprocess.Popen[bytes]) 
             except (OSError, ValueError):
                 now = {}
             # Looking at processes takes longer than some phases, so it comes last.
-            if (now.get("phase"), now.get("step")) == (phase, step) and now["pid"] in {p.pid for p in tree(run)}:
+            if now.get("phase") == phase and now["step"] in steps and now["pid"] in {p.pid for p in tree(run)}:
                 return
         time.sleep(0.003)
-    raise AssertionError(f"{phase} of step {step} did not come within 120 s")
+    raise AssertionError(f"{phase} of {steps} did not come within 600 s")
 
 
 def tree(run: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -140,21 +163,29 @@ def tree(run: subprocess.Popen[bytes]) -> list[psutil.Process]:
         return []
 
 
-def kill(run: subprocess.Popen[bytes], rng: random.Random) -> str:
+def words_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill(run: subprocess.Popen[bytes], folder: Path, rng: random.Random) -> str:
     """Kill everything, or one training process or the launcher, by SIGKILL, and check that all of the run ends."""
     processes = tree(run)
-    ranks = [p for p in processes if any("megatron_rl.cli" in part for part in p.cmdline())]
+    ranks = [p for p in processes if any("megatron_rl.cli" in part for part in words_of(p))]
     victims = processes if rng.random() < 0.3 else [rng.choice(ranks)]
     for victim in victims:
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.send_signal(signal.SIGKILL)
-    run.wait(timeout=90)
-    _, left = psutil.wait_procs(processes, timeout=60)
-    assert not left, f"still there after the kill: {[p.cmdline() for p in left if p.is_running()]}"
+    (folder / "may_leave").touch()  # so that rank 0 meets the others, where it is left
+    run.wait(timeout=300)
+    _, left = psutil.wait_procs(processes, timeout=300)
+    assert not left, f"still there after the kill: {[words_of(p) for p in left if p.is_running()]}"
     return "all" if len(victims) > 1 else f"1 of {len(ranks)}"
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(10000)
 @pytest.mark.parametrize("chain", range(CHAINS))
 def test_a_run_that_is_killed_continues_to_the_same_numbers(
     chain: int, inputs: Path, undisturbed: dict[int, Outcome], tmp_path: Path
@@ -165,11 +196,12 @@ def test_a_run_that_is_killed_continues_to_the_same_numbers(
         phase = PHASES[(3 * chain + step) % len(PHASES)]
         # A checkpoint is made after every second step, and called by the number of steps before it.
         place = step if phase != "save" else 2 * (step // 2) + 2
-        run = start(inputs, tmp_path, ranks)
+        held = "rollout" if phase == "reward" else phase
+        run = start(inputs, tmp_path, ranks, held=f"{held} of {place}")
         try:
-            wait_for(phase, place, tmp_path, run)
+            wait_for(phase, [place], tmp_path, run)
             time.sleep(rng.uniform(0, 0.3))
-            who = kill(run, rng)
+            who = kill(run, tmp_path, rng)
             print(f"chain {chain}, {ranks} rank(s): killed {who} in {phase} of step {place}")
         finally:
             for process in tree(run):
@@ -187,22 +219,22 @@ def test_a_run_that_is_killed_continues_to_the_same_numbers(
     ("number", "message"),
     [
         (signal.SIGKILL, "lost contact with another rank"),
-        (signal.SIGSTOP, "not done after train.phase_deadline_seconds = 25"),
+        (signal.SIGSTOP, "not done after train.phase_deadline_seconds = 60"),
     ],
 )
 def test_a_rank_that_dies_or_hangs_ends_the_run_soon_and_leaves_nothing(
     inputs: Path, tmp_path: Path, number: signal.Signals, message: str
 ) -> None:
-    run = start(inputs, tmp_path, 2, "--set", "train.steps=500", "--set", "train.phase_deadline_seconds=25")
+    run = start(inputs, tmp_path, 2, "--set", "train.steps=5000", "--set", "train.phase_deadline_seconds=60")
     processes: list[psutil.Process] = []
     try:
-        wait_for("train", 2, tmp_path, run)
+        wait_for("train", range(2, 5000), tmp_path, run)
         processes = tree(run)
-        (rank,) = (p for p in processes if "megatron_rl.cli" in p.cmdline() and p.environ().get("RANK") == "1")
-        rank.send_signal(number)
-        assert run.wait(timeout=120) == 1
+        (rank,) = (p for p in processes if "megatron_rl.cli" in words_of(p) and p.environ().get("RANK") == "1")
+        rank.send_signal(number)  # in that phase, or soon behind it: it says the same in every one
+        assert run.wait(timeout=600) == 1
         assert message in (tmp_path / "log.txt").read_text()
-        _, left = psutil.wait_procs(processes, timeout=20)
+        _, left = psutil.wait_procs(processes, timeout=300)
         assert left == []
         assert (tmp_path / "run/stacks/rank_0.txt").exists() == (number == signal.SIGSTOP)
     finally:
@@ -211,6 +243,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_run_soon_and_leaves_nothing(
                 process.kill()
 
 
+@pytest.mark.timeout(10000)
 def test_a_disk_that_takes_no_more_rollouts_stops_the_run_or_costs_it_the_log_as_configured(
     inputs: Path, tmp_path: Path
 ) -> None:
@@ -223,7 +256,7 @@ def test_a_disk_that_takes_no_more_rollouts_stops_the_run_or_costs_it_the_log_as
         said = log.read_text()
         assert "No space left on device" in said
         assert "groups of this phase are not kept for a resume (train.on_save_error)" in said
-        assert start(inputs, tmp_path, 1, "--set", "train.steps=3").wait(timeout=120) == 1
+        assert start(inputs, tmp_path, 1, "--set", "train.steps=3").wait(timeout=900) == 1
         said = log.read_text()[len(said) :]
         assert "groups of this phase are not kept for a resume. Make room and --resume" in said
         assert "Traceback" not in said

@@ -40,7 +40,7 @@ def _server(tmp_path_factory):
         arguments=(arguments or "").split(),
         key=new_key(),
     )
-    process.wait_ready(240)  # on a GPU it compiles first
+    process.wait_ready(900)  # on a GPU it compiles first
     subject = Subject(
         process, models, Kind(seeds=False, whole=False, long_tokens=250, spare_tokens=SGLANG_SPARE_TOKENS)
     )

@@ -25,7 +25,7 @@ PYTHON = find_sglang(
 def sglang_logprobs(model: Path, sequences: list[list[int]], log: Path) -> list[list[float | None]]:
     """Return SGLang's log-probs of all tokens but the first of each sequence."""
     server = SglangServer(model, log, python=PYTHON, max_running_requests=8, context_length=128)
-    return [found[1:] for found in input_logprobs(server, sequences, max_new_tokens=1, seconds=180)]
+    return [found[1:] for found in input_logprobs(server, sequences, max_new_tokens=1, seconds=900)]
 
 
 @pytest.mark.parametrize("norm_head", [False, True])

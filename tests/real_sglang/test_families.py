@@ -43,7 +43,7 @@ def test_sglang_has_the_logprobs_and_the_end_tokens_of_the_files(case: str, tmp_
         {"input_ids": [rng.randrange(40, 97) for _ in range(6)], "sampling_params": {"max_new_tokens": 90}}
         for _ in range(6)
     ]
-    prompt, *responses = answers(server, [of_prompt, *drawn], seconds=180)
+    prompt, *responses = answers(server, [of_prompt, *drawn], seconds=900)
     found = [logprob for logprob, _, _ in prompt["meta_info"]["input_token_logprobs"][1:]]
     assert (torch.tensor(found) - expected).abs().max() < 2e-5
     for response in responses:
@@ -74,8 +74,8 @@ def test_sglang_has_the_logprobs_of_bailing_v2_and_of_other_weights_after_a_push
     body = {"input_ids": ids, "sampling_params": {"max_new_tokens": 1}, "return_logprob": True, "logprob_start_len": 0}
     server = SglangServer(first, tmp_path / "log", python=PYTHON, max_running_requests=2, context_length=100)
     try:
-        server.wait_ready(240)
-        with httpx.Client(base_url=server.url, timeout=240) as client:
+        server.wait_ready(900)
+        with httpx.Client(base_url=server.url, timeout=900) as client:
 
             def difference(model: Path) -> float:
                 (answer,) = client.post("/generate", json={**body, "input_ids": [ids]}).raise_for_status().json()

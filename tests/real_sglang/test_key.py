@@ -42,14 +42,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangServer]:
             key=new_key(),
         )
     try:
-        server.wait_ready(300)
+        server.wait_ready(900)
         yield server
     finally:
         server.stop()
 
 
 def test_requests_without_the_key_are_refused(server: SglangServer) -> None:
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+    with httpx.Client(base_url=server.url, timeout=300, trust_env=False) as http:
         routes = http.get("/openapi.json", headers=bearer(server.key)).json()["paths"]
         assert len(routes) > 40
         for path, methods in routes.items():

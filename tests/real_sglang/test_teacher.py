@@ -46,7 +46,7 @@ samples_per_prompt = 4
 max_prompt_tokens = 32
 max_response_tokens = 24
 max_running_requests = 8
-ready_deadline_seconds = 400
+ready_deadline_seconds = 900
 token_deadline_seconds = 20
 silence_seconds = 300
 [distillation]
@@ -75,7 +75,7 @@ def server(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     options = {"max_running_requests": 4, "context_length": ROLLOUT.max_sequence_tokens}
     found = SglangServer(teacher, log, python=find_sglang(ROLLOUT), **options)
     try:
-        found.wait_ready(300)
+        found.wait_ready(900)
         yield found
     finally:
         found.stop()
@@ -107,7 +107,7 @@ def test_a_run_starts_teachers_on_sglang_beside_the_policys(teacher: Path, tmp_p
     inputs = make_inputs(tmp_path, 1, 100, 1, "--init-std", "0.1")
     config, run = tmp_path / "config.toml", tmp_path / "run"
     config.write_text(CONFIG.format(folder=inputs, run=run, teacher=teacher, python=PYTHON))
-    done = forked.run([sys.executable, "-m", "megatron_rl.cli", "train", config], timeout=800)
+    done = forked.run([sys.executable, "-m", "megatron_rl.cli", "train", config], timeout=1500)
     assert done.returncode == 0, done.stderr[-4000:]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["num_loss_tokens"] for row in rows] == [300, 300]

@@ -46,8 +46,8 @@ ReturnToService=2
 JobRequeue=1
 KillWait=5
 InactiveLimit=0
-SlurmdTimeout=10
-MessageTimeout=10
+SlurmdTimeout=30
+MessageTimeout=30
 SlurmdParameters=config_overrides
 GresTypes=gpu
 {nodes}
@@ -93,7 +93,7 @@ class Cluster:
         try:
             self._configure(account.pw_name)
             self._start("munged", "--foreground", "--force", *self._munge_options())
-            until("munged", (self.folder / "munge.socket").exists, 20)
+            until("munged", (self.folder / "munge.socket").exists, 300)
             self._start("slurmctld", "-D", "-i")
             for node in NODES:
                 self.start_node(node)
@@ -112,7 +112,7 @@ class Cluster:
         daemon.wait()
 
     def wait_idle(self) -> None:
-        until("two idle nodes", lambda: self._states() == ["idle"] * len(NODES), 60, lambda: self.run("sinfo", "-Nl"))
+        until("two idle nodes", lambda: self._states() == ["idle"] * len(NODES), 600, lambda: self.run("sinfo", "-Nl"))
 
     def run(self, *command: str, check: bool = True, **environment: str) -> str:
         """Run a client command and return its stdout and stderr together."""
@@ -123,7 +123,7 @@ class Cluster:
             stderr=subprocess.STDOUT,
             text=True,
             check=False,
-            timeout=60,
+            timeout=300,
             cwd=environment.get("PWD"),
             **self._as_user,
         )
@@ -138,12 +138,12 @@ class Cluster:
     def close(self) -> None:
         if "slurmctld" in self._daemons:
             self.run("scancel", "--user", str(self._as_user.get("user", os.getuid())), check=False)
-            until("jobs to end", lambda: not self.run("squeue", "--noheader", check=False).strip(), 30)
+            until("jobs to end", lambda: not self.run("squeue", "--noheader", check=False).strip(), 300)
         for daemon in reversed(self._daemons.values()):
             daemon.terminate()
         for daemon in self._daemons.values():
             try:
-                daemon.wait(10)
+                daemon.wait(60)
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
