@@ -154,7 +154,7 @@ test-commands: install install-sandbox  ## whole commands as users start them: r
 	$(BIN)/python -m pytest -n 2 --dist loadscope tests/commands
 
 test-sglang: install install-sglang  ## the tests that need real SGLang servers
-	$(BIN)/python -m pytest tests/real_sglang
+	$(BIN)/python -m pytest -n 2 --dist loadscope tests/real_sglang
 
 # Not two at a time: the jobs share one small cluster.
 test-slurm: install install-slurm  ## the tests of the launch scripts on a real Slurm of two nodes (four minutes)

@@ -191,10 +191,9 @@ def test_ids_that_were_sampled_are_read_again_as_they_are_over_many_turns(served
     told = served.loop.run(served.pool.input_logprobs(ids.tolist()))[served.server.url]
     mask = np.concatenate([np.zeros(len(segment.prompt_ids), bool), segment.policy_mask])[1:]
     assert told[mask] == pytest.approx(segment.rollout_logprobs, abs=2e-5)
-    # The response is random bytes, whose text encodes to other tokens.
-    start, stop = segment.turns[0].tolist()
-    again = served.tokenizer.encode(served.tokenizer.decode(segment.output_ids[start:stop].tolist()))
-    assert again != segment.output_ids[start:stop].tolist()
+    # The responses are random bytes, whose text encodes to other tokens; not that of each, which may be only an end.
+    said = [segment.output_ids[start:stop].tolist() for start, stop in segment.turns.tolist()]
+    assert [served.tokenizer.encode(served.tokenizer.decode(ids)) for ids in said] != said
 
 
 def test_bare_texts_and_token_ids_are_gone_on_with(served, opened) -> None:
@@ -210,7 +209,7 @@ def test_bare_texts_and_token_ids_are_gone_on_with(served, opened) -> None:
         model="any", prompt="two", max_tokens=2, stream=True, stream_options={"include_usage": True}
     )
     assert first.choices[0].text in served.tokenizer.decode(recorded(here)[2].output_ids)
-    assert last.usage.completion_tokens == 2
+    assert last.usage.completion_tokens == len(recorded(here)[2].output_ids)
 
 
 def test_models_are_listed(opened) -> None:

@@ -135,12 +135,13 @@ class Servers:
 
     def kill_and_wait(self, number: int) -> None:
         """Kill a server, and wait until it is back before the pool knows that it was gone."""
-        gone = self.pids()[number]
-        os.kill(gone, signal.SIGKILL)
-        # The supervisor pauses longer each time.
-        wait_until(lambda: self.pids()[number] != gone, f"server {number} has been started again", pause=0.1)
         assert self.supervisor is not None
-        self.supervisor._kept[number].server.wait_ready(READY_SECONDS)
+        kept = self.supervisor._kept[number]
+        gone = kept.server
+        os.kill(self.pids()[number], signal.SIGKILL)
+        # The supervisor pauses longer each time. A new server's .pid is there before the supervisor has the server.
+        wait_until(lambda: kept.server is not gone, f"server {number} has been started again", pause=0.1)
+        kept.server.wait_ready(READY_SECONDS)
 
     def keep_down(self, number: int) -> list[str]:
         """Kill a server and let it stay down until `supervisor.let_go`.

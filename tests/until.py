@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
-SECONDS = 240.0
+SECONDS = 600.0
 
 
 def wait_until(condition: Callable[[], T], what: str, *, pause: float = 0.02) -> T:

@@ -8,8 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import forked
@@ -17,6 +15,7 @@ import psutil
 import pytest
 from inputs import make_inputs
 from small_disk import NO_MOUNT, resize, small_disk
+from until import wait_until
 
 from megatron_rl.c3po.packing import cost_model
 from megatron_rl.config.cluster import ClusterSection
@@ -335,27 +334,20 @@ def addresses_listened_on(process: psutil.Process) -> set[str]:
     return {socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN}
 
 
-def wait_until(what: str, condition: Callable[[], object], seconds: float = 600) -> None:
-    give_up = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < give_up, f"still waiting for {what} after {seconds} s"
-        time.sleep(0.2)
-
-
 def test_sigkill_of_the_launcher_leaves_no_process_and_resume_goes_on(inputs: Path, tmp_path: Path) -> None:
     options = ["--set", "train.steps=100000", "--set", "train.save_every=1", "--set", "parallel.tensor=2"]
     arguments = command(inputs, tmp_path, "train", "--nproc", "2", *options)
     with (tmp_path / "log").open("wb") as log:
         launcher = subprocess.Popen(arguments, stderr=log, stdout=log)
     try:
-        wait_until("a first checkpoint", lambda: (tmp_path / "run/checkpoints/latest").exists())
+        wait_until(lambda: (tmp_path / "run/checkpoints/latest").exists(), "there is a checkpoint")
         assert len(processes_with(str(tmp_path))) >= 3  # the launcher and two ranks; the server names the model instead
         server = int((tmp_path / "run/server_0.pid").read_text())
         assert addresses_listened_on(psutil.Process(launcher.pid)) == {"127.0.0.1"}
         launcher.send_signal(signal.SIGKILL)
         launcher.wait()
-        wait_until("its processes to end", lambda: not processes_with(str(tmp_path)))
-        wait_until("its server to end", lambda: not psutil.pid_exists(server))
+        wait_until(lambda: not processes_with(str(tmp_path)), "its processes have ended")
+        wait_until(lambda: not psutil.pid_exists(server), "its server has ended")
     finally:
         for process in processes_with(str(tmp_path)):
             process.kill()
@@ -368,7 +360,7 @@ def test_sigkill_of_the_launcher_leaves_no_process_and_resume_goes_on(inputs: Pa
 def test_ctrl_c_saves_stops_the_server_and_asks_for_another_run(inputs: Path, tmp_path: Path) -> None:
     options = [o for option in ("train.steps=100000", *SHARED_GPUS) for o in ("--set", option)]
     process = subprocess.Popen(command(inputs, tmp_path, "train", *options), stderr=subprocess.PIPE)
-    wait_until("two steps", lambda: has_steps(tmp_path, 2))
+    wait_until(lambda: has_steps(tmp_path, 2), "two steps are done")
     server = int((tmp_path / "run/server_0.pid").read_text())
     with (
         pytest.raises(ValueError, match="another process is writing to .*run; wait"),
@@ -402,7 +394,7 @@ def test_a_stop_before_the_first_step_has_nothing_to_save(inputs: Path, tmp_path
         env=os.environ | {"PYTHONPATH": f"{tmp_path}/site:{ROOT}"},
         stderr=subprocess.PIPE,
     )
-    wait_until("a server", lambda: (tmp_path / "run/server_0.pid").exists())
+    wait_until(lambda: (tmp_path / "run/server_0.pid").exists(), "there is a server")
     server = int((tmp_path / "run/server_0.pid").read_text())
     process.send_signal(signal.SIGTERM)
     _, message = process.communicate(timeout=600)
@@ -426,7 +418,7 @@ def test_a_run_directory_that_another_run_holds_is_left_alone_by_every_rank(inpu
 def test_a_clean_stop_of_several_ranks_keeps_its_exit_code(inputs: Path, tmp_path: Path) -> None:
     options = ["--nproc", "2", "--set", "train.steps=100000"]
     process = subprocess.Popen(command(inputs, tmp_path, "train", *options), stderr=subprocess.PIPE)
-    wait_until("a step", lambda: has_steps(tmp_path, 1))
+    wait_until(lambda: has_steps(tmp_path, 1), "a step is done")
     process.send_signal(signal.SIGTERM)
     _, message = process.communicate(timeout=600)
     assert process.returncode == 75, message[-2000:]
@@ -437,7 +429,7 @@ def test_a_clean_stop_of_several_ranks_keeps_its_exit_code(inputs: Path, tmp_pat
 def test_a_server_that_cannot_be_kept_alive_ends_the_run_with_its_last_words(inputs: Path, tmp_path: Path) -> None:
     options = ["--set", "train.steps=100000", "--set", "rollout.max_restarts=0"]
     process = subprocess.Popen(command(inputs, tmp_path, "train", *options), stderr=subprocess.PIPE)
-    wait_until("a step", lambda: has_steps(tmp_path, 1))
+    wait_until(lambda: has_steps(tmp_path, 1), "a step is done")
     os.kill(int((tmp_path / "run/server_0.pid").read_text()), signal.SIGKILL)
     _, message = process.communicate(timeout=600)
     assert process.returncode == 1

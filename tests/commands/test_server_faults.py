@@ -20,6 +20,7 @@ import torch
 from liar import Exchange, liar
 from safetensors.torch import save_file
 from tiny_model import tensors_of, write_tiny_model
+from until import until, wait_until
 
 from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.gpus import without_expandable_segments
@@ -107,7 +108,7 @@ def _supervisor(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
 def supervisor(_supervisor: ServerSupervisor) -> ServerSupervisor:
     """Return the supervisor once its two servers are ready."""
     for url in _supervisor.urls:  # on a busy machine a start takes its time
-        wait_until(lambda url=url: is_ready(url) and is_proven(_supervisor, url), ROLLOUT.ready_deadline_seconds)  # type: ignore[misc]
+        wait_until(lambda url=url: is_ready(url) and is_proven(_supervisor, url), f"{url} is ready")  # type: ignore[misc]
     return _supervisor
 
 
@@ -130,20 +131,6 @@ def pids_of(supervisor: ServerSupervisor) -> list[int]:
     return [int(kept.server.log_path.with_suffix(".pid").read_text()) for kept in supervisor._kept]
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 600.0) -> None:
-    give_up = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < give_up, f"still not so after {seconds:g} s"
-        time.sleep(0.05)
-
-
-async def until(condition: Callable[[], bool], seconds: float = 600.0) -> None:
-    """Wait for the condition while the event loop goes on."""
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.02)
-
-
 async def stopped_at_work(pool: ServerPool, url: str, pid: int) -> "asyncio.Task[list[list[Completion]]]":
     """Ask all requests, and stop the server at this URL (SIGSTOP) while it has some of them. Return the work.
 
@@ -156,7 +143,7 @@ async def stopped_at_work(pool: ServerPool, url: str, pid: int) -> "asyncio.Task
             while not work.done() and not (await http.get("/server_info")).json()["internal_states"][0]["running"]:
                 await asyncio.sleep(0.01)
             os.kill(pid, signal.SIGSTOP)
-            await until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+            await until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED, "the server is stopped")
             await asyncio.sleep(0.2)  # the event loop reads what had been answered
             if member.outstanding_requests:
                 return work
@@ -252,7 +239,7 @@ def test_a_server_that_goes_while_its_memory_is_released_is_started_again_once_o
             await pool.resume_memory(WEIGHTS)
             await pool.load_from_disk(models[0], "1")
             await pool.resume_memory(WORKSPACE)
-            await until(lambda: len(pool.serving) == 2)
+            await until(lambda: len(pool.serving) == 2, "both servers serve")
             assert pids_of(supervisor)[1] == other, "it kept its process"
             assert pool.counts.num_taken_out == 1
             assert ids(await all_requests(pool)) == undisturbed
@@ -273,7 +260,7 @@ def test_a_server_that_gets_ready_when_memory_is_released_gets_its_weights_and_r
             (member,) = pool._members
             not_yet.append(503)
             pool.mark_down(member, "by the test")
-            await until(lambda: not not_yet)  # its recovery asks again in a moment
+            await until(lambda: not not_yet, "its recovery asks again")
             await asyncio.wait_for(pool.release_memory(), 300)
             assert (member.out, member.released) == (None, {*WEIGHTS, *WORKSPACE})
             await pool.resume_memory((*WEIGHTS, *WORKSPACE))
@@ -297,7 +284,7 @@ def test_a_server_that_cannot_resume_is_ended_and_comes_back_with_the_weights(
             assert [member.num_losses for member in pool._members] == [1, 0]
             await pool.load_from_disk(models[0], "1")
             await pool.resume_memory(WORKSPACE)
-            await until(lambda: len(pool.serving) == 2)
+            await until(lambda: len(pool.serving) == 2, "both servers serve")
             assert pids_of(supervisor)[0] != before
             assert pids_of(supervisor)[1] == other
             assert ids(await all_requests(pool)) == undisturbed
@@ -313,14 +300,14 @@ def test_what_is_just_starting_when_memory_is_needed_is_ended_and_no_restart_is_
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GenerationServer, "is_ready", lambda _: False)  # however fast it starts
         os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: pids_of(supervisor)[0] != pid)
+        wait_until(lambda: pids_of(supervisor)[0] != pid, "the server has been started again")
         supervisor.hold()
     starting = pids_of(supervisor)[0]
     time.sleep(0.6)
     assert not psutil.pid_exists(starting)
     assert pids_of(supervisor)[0] == starting
     supervisor.let_go()
-    wait_until(lambda: is_ready(supervisor.urls[0]))
+    wait_until(lambda: is_ready(supervisor.urls[0]), "the server is ready")
     assert supervisor._kept[0].num_restarts == counted + 1
 
 
@@ -348,7 +335,7 @@ def test_a_server_that_goes_while_it_generates_costs_no_response(
             assert ids(await asyncio.wait_for(work, 600)) == undisturbed
             assert pool.counts.num_taken_out == 1
             assert 1 <= pool.counts.num_resent <= 4
-            await until(lambda: len(pool.serving) == 2)
+            await until(lambda: len(pool.serving) == 2, "both servers serve")
             assert not psutil.pid_exists(pid)
             assert pids_of(supervisor)[1] == other
             assert ids(await all_requests(pool)) == undisturbed
@@ -400,7 +387,7 @@ def test_a_server_that_goes_in_a_weight_update_serves_again_with_the_new_weights
                 os.kill(pid, signal.SIGKILL)
             await asyncio.wait_for(update, 600)
             assert [member.num_losses for member in pool._members] == [1, 0]
-            await until(lambda: len(pool.serving) == 2)
+            await until(lambda: len(pool.serving) == 2, "both servers serve")
             assert pids_of(supervisor)[1] == other
             for url in supervisor.urls:
                 assert version_of(url) == "1"
@@ -416,7 +403,7 @@ def test_weights_that_came_while_an_older_version_was_loaded_are_loaded_too(
         async with connected(supervisor.urls, models[0], None) as pool:
             pool.mark_down(pool.serving[0], "the test says so")  # comes back at once, and loads version 0
             pool.assume(models[1], "1")
-            await until(lambda: len(pool.serving) == 2)
+            await until(lambda: len(pool.serving) == 2, "both servers serve")
             assert version_of(supervisor.urls[0]) == "1"
 
     asyncio.run(run())
@@ -432,7 +419,7 @@ def test_a_folder_that_cannot_be_read_for_a_moment_does_not_cost_a_server(
             await asyncio.sleep(0.5)
             assert len(pool.serving) == 1
             (tmp_path / "weights").symlink_to(models[1])
-            await until(lambda: len(pool.serving) == 2)
+            await until(lambda: len(pool.serving) == 2, "both servers serve")
             assert version_of(supervisor.urls[0]) == "1"
 
     asyncio.run(run())
@@ -447,10 +434,10 @@ def test_a_server_that_was_given_up_gets_another_chance_with_the_next_weights(
             member = pool.serving[0]
             pool.rollout = ROLLOUT.model_copy(update={"ready_deadline_seconds": 0.4})
             pool.mark_down(member, "the test says so")
-            await until(lambda: "did not come back within 0.4 s" in str(member.out))
+            await until(lambda: "did not come back within 0.4 s" in str(member.out), "the server is given up")
             pool.rollout = ROLLOUT  # a busy machine may load the next weights for longer
             await pool.load_from_disk(models[1], "2")
-            await until(lambda: len(pool.serving) == 2)
+            await until(lambda: len(pool.serving) == 2, "both servers serve")
             assert [version_of(url) for url in supervisor.urls] == ["2", "2"]
 
     asyncio.run(run())
@@ -481,7 +468,7 @@ def test_the_port_of_a_server_that_died_cannot_be_taken_and_a_taken_one_ends_the
                 hold_port("127.0.0.1", server.port)  # what the next start does, and then somebody else is faster
                 taken.bind(("127.0.0.1", server.port))
                 taken.listen()
-            wait_until(lambda: supervisor.failure is not None)
+            wait_until(lambda: supervisor.failure is not None, "the supervisor gives up")
             with pytest.raises(ServerLost, match="not known to be our server"):
                 supervisor.key_of(server.url)
         with pytest.raises(RuntimeError, match=f"another process listens on port {server.port} of 127.0.0.1"):
@@ -748,7 +735,7 @@ def test_a_slow_reader_holds_up_neither_requests_nor_weight_updates(
         slow.sendall(b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(content) + content)
         assert slow.recv(64).startswith(b"HTTP/1.1 200")
         with httpx.Client(base_url=url, headers=bearer(KEY), timeout=300, trust_env=False) as http:
-            wait_until(lambda: http.get("/server_info").json()["internal_states"][0]["running"] == 0)
+            wait_until(lambda: http.get("/server_info").json()["internal_states"][0]["running"] == 0, "nothing runs")
             update = {"model_path": str(models[1]), "weight_version": "1"}
             assert http.post("/update_weights_from_disk", json=update).json()["success"]
             answer = http.post("/generate", json={"input_ids": [5], "sampling_params": {"max_new_tokens": 3}}).json()

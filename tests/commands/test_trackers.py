@@ -6,8 +6,7 @@ import sqlite3
 import struct
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import forked
 import pytest
 from rank_zero import config_of
+from until import wait_until
 
 from megatron_rl.preflight.checks import check_start
 from megatron_rl.preflight.registry import Start
@@ -79,13 +79,6 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Fake]]:
         fake.go.set()
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    give_up = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < give_up, "waited for too long"
-        time.sleep(0.01)
-
-
 def test_a_tracker_gets_every_number_of_a_row_and_no_other(fakes: list[Fake], tmp_path: Path) -> None:
     tracker = Trackers(config_of(tmp_path, "tracking.to=['wandb']"), 0, resume=False)
     log = MetricsLog(tmp_path / "run", 0, lambda row: None, tracker)
@@ -125,11 +118,11 @@ def test_a_tracker_that_fails_is_told_the_next_step_all_the_same_and_warned_of_o
 ) -> None:
     tracker = Trackers(config_of(tmp_path, "tracking.to=['wandb']"), 0, resume=False)
     tracker.log(0, {"reward": 0.0})
-    wait_until(lambda: fakes and fakes[0].told)
+    wait_until(lambda: fakes and fakes[0].told, "the first row is told")
     fakes[0].fails = True
     for step in (1, 2):
         tracker.log(step, {"reward": 0.0})
-    wait_until(lambda: tracker._told[0]._num_lost == 2)
+    wait_until(lambda: tracker._told[0]._num_lost == 2, "two rows are lost")
     fakes[0].fails = False
     tracker.log(3, {"reward": 0.0})
     tracker.close()
@@ -174,8 +167,11 @@ def test_a_resume_tells_again_what_a_tracker_may_not_have_written_when_the_kill_
     for step, seconds in ((0, 100.0), (1, 120.0), (2, 140.0)):  # then killed: 0 has been told 40 s ago, 1 only 20
         now[0] = seconds
         told.log(step, {"reward": 0.0})
-        wait_until(lambda step=step: len(fakes) == 1 and len(fakes[0].told) == step + 1 and told._told[0]._lately)
-    wait_until(lambda: trackers._number(tmp_path / "run/tracking/wandb") == 0)
+        wait_until(
+            lambda step=step: len(fakes) == 1 and len(fakes[0].told) == step + 1 and told._told[0]._lately,
+            f"the row of step {step} is told",
+        )
+    wait_until(lambda: trackers._number(tmp_path / "run/tracking/wandb") == 0, "the number of the row is on disk")
     rows = [{"step": step, "reward": step / 10} for step in range(5)]  # of which the last two are trained again
     (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     log = MetricsLog(tmp_path / "run", 3, lambda row: None, Trackers(config, 3, resume=True))
