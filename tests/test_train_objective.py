@@ -71,9 +71,9 @@ def test_a_token_of_older_weights_refers_to_what_the_sampler_recorded() -> None:
 
 
 def test_the_trainers_own_log_probs_of_the_start_of_the_phase_come_before_the_samplers() -> None:
-    old = [log(0.2), log(0.25), log(0.2), log(0.2)]
+    old = [log(0.2), log(0.24), log(0.2), log(0.2)]  # ratios within the clip, none at its edge
     found, _ = gradient({"old_logprobs": "train"}, make_batch(fresh=False, old=old))
-    assert found == pytest.approx([-1.0, -0.8, -1.0, 2.0])
+    assert found == pytest.approx([-1.0, -5 / 6, -1.0, 2.0])
     # the first step of a phase starts from those weights: without a record the ratio is 1, whoever sampled
     found, _ = gradient({"old_logprobs": "train"}, make_batch(fresh=False))
     assert found == pytest.approx([-1.0, -1.0, -1.0, 2.0])
