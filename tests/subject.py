@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,20 +65,11 @@ class Kind:
 class _HeldServer(GenerationServer):
     """Runs held_server.py in place of the embedded server."""
 
-    def __init__(
-        self,
-        command: Sequence[object],
-        log_path: Path,
-        port: int,
-        host: str,
-        key: str,
-        secret_variables: Collection[str] = (),
-        **environment: str,
-    ) -> None:
+    def __init__(self, command: Sequence[object], log_path: Path, *arguments: Any, **more: Any) -> None:
         python, flag, module, *options = command
         assert (flag, module) == ("-m", "megatron_rl.rollout.embedded")
         command = [python, ROOT / "tests/held_server.py", log_path.with_name("hold"), *options]
-        super().__init__(command, log_path, port, host, key, secret_variables, **environment)
+        super().__init__(command, log_path, *arguments, **more)
 
 
 class HeldServer(EmbeddedServer, _HeldServer):

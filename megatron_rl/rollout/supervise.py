@@ -49,9 +49,10 @@ def main(command: list[str]) -> int:
         while process.poll() is None and time.monotonic() < give_up:
             time.sleep(_LOOK_EVERY_SECONDS)
     if os.getpgid(0) == os.getpid():
-        for pid in set(members_of(os.getpid())) - {os.getpid()}:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
+        for pid in members_of(os.getpid()):
+            if pid != os.getpid():
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
     printing.join(GRACE_SECONDS)
     if config is not None:
         shutil.rmtree(config.parent, ignore_errors=True)  # it ended before it read its key
