@@ -1,5 +1,6 @@
 """Tests tools/gpu_trial: wheels travel in pieces, and a part that fails does not stop the others."""
 
+import ast
 import csv
 import importlib.util
 import io
@@ -13,6 +14,7 @@ import time
 import tomllib
 import zipfile
 from argparse import Namespace
+from importlib.metadata import requires
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,6 +23,8 @@ import parallel
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from parallel import run_ranks
 
 from megatron_rl.errors import Fault
@@ -167,6 +171,21 @@ def test_the_lists_name_one_version_of_each_and_the_projects_own_are_those_that_
         assert pinned[name] == version
     with pytest.raises(ValueError, match="no question is called 'speeed'"):
         wheels.asked_for("speeed")
+
+
+def test_all_that_the_project_requires_is_carried_or_known_to_be_there() -> None:
+    lists = tomllib.loads((FOLDER / "wheels.toml").read_text())
+    carried = {requirement.partition("==")[0] for requirement in lists["wheels"]["base"]}
+    there, unused = (set(lists["not_carried"][key]) for key in ("there", "unused"))
+    assignments = (node for node in ast.parse((ROOT / "setup.py").read_text()).body if isinstance(node, ast.Assign))
+    (own,) = (ast.literal_eval(node.value) for node in assignments if ast.unparse(node.targets[0]) == "INSTALL")
+    required = set()
+    for text in [*own, *(text for name in carried for text in requires(name) or [])]:
+        requirement = Requirement(text)
+        if requirement.marker is None or requirement.marker.evaluate({"python_version": "3.12", "extra": ""}):
+            required.add(canonicalize_name(requirement.name))
+    assert required - carried == there | unused
+    assert carried <= required
 
 
 def test_wheels_that_cannot_be_had_are_all_named_and_nothing_is_replaced(
