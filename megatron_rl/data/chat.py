@@ -27,14 +27,15 @@ log = logging.getLogger(__name__)
 _OTHERS = ("user", "tool")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _AT_ONCE = 1000  # prompts, whose texts and tokens are in memory together
+_TEXT = "0 1 2 a b c"  # has tokens in every vocabulary
 TEMPLATES = "additional_chat_templates"  # which transformers reads beside the files of the directory itself
 
 
 def load_tokenizer(model_dir: str | Path) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a Hugging Face directory from data only: no code of the directory runs.
 
-    Raise ValueError when it does not load, has no chat template or has no eos token, or when a file leads out of the
-    directory.
+    Raise ValueError when it does not load, has no vocabulary, no chat template or no eos token, or when a file leads
+    out of the directory.
     """
     from transformers import AutoTokenizer
 
@@ -49,6 +50,12 @@ def load_tokenizer(model_dir: str | Path) -> "PreTrainedTokenizerBase":
             f"{model_dir} holds no tokenizer that loads without remote code ({type(error).__name__}: {error}); "
             "it needs tokenizer.json or tokenizer.model, and tokenizer_config.json"
         ) from error
+    # transformers makes a tokenizer of special tokens alone where a class is named and its vocabulary is not there.
+    if set(tokenizer.encode(_TEXT, add_special_tokens=False)) <= set(tokenizer.all_special_ids):
+        raise ValueError(
+            f"{model_dir}: the tokenizer has no tokens for {_TEXT!r}, so it would leave all text out; fetch its "
+            "vocabulary: tokenizer.json, tokenizer.model, or vocab.json and merges.txt"
+        )
     if not tokenizer.chat_template:
         raise ValueError(f"{model_dir} has no chat template; put one into tokenizer_config.json or chat_template.jinja")
     if tokenizer.eos_token_id is None:
