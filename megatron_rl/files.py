@@ -22,11 +22,16 @@ def model_directory(name: str | Path) -> Path:
     directory = Path(name)
     if directory.is_dir():
         return directory
-    remedy = "fetch one (`hf download ORG/NAME --local-dir DIR`), or make a tiny one with tools/make_tiny_model.py"
+    remedy = (
+        "fetch one (`hf download ORG/NAME --local-dir DIR`), name one of the Hugging Face Hub as hub:ORG/NAME, or make a "
+        "tiny one with tools/make_tiny_model.py"
+    )
     if directory.name.startswith("step_") and directory.parent.is_dir():
         steps = sorted(int(one.name[5:]) for one in directory.parent.glob("step_*") if one.name[5:].isdecimal())
         there = ", ".join(f"step_{step}" for step in steps) or "none"
         remedy = f"{directory.parent} has {there}; train.keep_last and train.keep_every say which a run keeps"
+    if directory.is_file():
+        raise ValueError(f"model directory {name} is a file; name the folder that it lies in, {directory.parent}")
     raise ValueError(f"model directory {name} does not exist; {remedy}")
 
 

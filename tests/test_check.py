@@ -200,3 +200,17 @@ def test_a_row_of_the_table_wraps_what_was_found_and_says_what_to_do() -> None:
     assert lines[0] == "problem  disk          room"
     assert lines[-1] == "         -> some room"
     assert max(map(len, lines)) <= 60
+
+
+def test_faults_that_are_told_together_have_a_line_and_a_remedy_each() -> None:
+    from megatron_rl.preflight.show import Result
+
+    told = ("two reasons:\n  a.jsonl:1: no prompt; write one (3 more)\n  a.jsonl:4: no answer\n  inspect shows it",)
+    lines = list(as_lines(Result(check="rows", about="rows", state="problem", told=told), 80))
+    assert [line.strip() for line in lines[1:]] == [
+        "two reasons:",
+        "a.jsonl:1: no prompt",
+        "-> write one (3 more)",
+        "a.jsonl:4: no answer",
+        "inspect shows it",
+    ]

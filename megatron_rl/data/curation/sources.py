@@ -56,6 +56,8 @@ def pieces_of(path: Path) -> Iterator[Piece]:
 
 def files_of(pattern: str) -> list[Path]:
     paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]
+    if not paths and Path(pattern).is_dir():
+        raise ValueError(f"{pattern} is a directory; name the files in it, as {str(Path(pattern) / '*.jsonl')!r}")
     if not paths:
         raise ValueError(f"no file matches {pattern!r}; correct the path")
     for path in paths:
