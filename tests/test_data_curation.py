@@ -1,5 +1,6 @@
 """Tests curation from files to files: what is written and refused, and that a run leaves all or nothing."""
 
+import errno
 import fcntl
 import gzip
 import json
@@ -18,6 +19,7 @@ from pyarrow import parquet
 from until import wait_until
 
 from megatron_rl.data.curation.config import CurationConfig
+from megatron_rl.data.curation.output import whole_output
 from megatron_rl.data.curation.pipeline import curate
 from megatron_rl.data.curation.report import Report
 from megatron_rl.data.prompts import read_chats, read_prompts
@@ -50,6 +52,15 @@ def config(folder: Path, *paths: Path, **values: Any) -> CurationConfig:
 def run(folder: Path, rows: list[Any], **values: Any) -> tuple[Report, list[dict[str, Any]], list[dict[str, Any]]]:
     report = curate(config(folder, write(folder / "rows.jsonl", rows), **values), force=True)
     return report, read(folder / "out" / "kept.jsonl"), read(folder / "out" / "dropped.jsonl")
+
+
+def test_what_the_disk_refuses_is_told_with_the_folder(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'out'}'"),
+        whole_output(tmp_path / "out", force=False),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_kept_rows_are_prompts_and_dropped_rows_say_where_they_stood_and_why(tmp_path: Path) -> None:

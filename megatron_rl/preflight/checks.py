@@ -219,8 +219,8 @@ def _other_model(config: RunConfig, architecture: Architecture) -> Iterator[str]
     if differ:
         told = ", ".join(f"{name} is {now!r} and was {before!r}" for name, (before, now) in list(differ.items())[:3])
         yield (
-            f"{path} is of another model than {config.model.path} ({told}); set model.path back, or start anew in another "
-            "run_dir"
+            f"{path} is of another model than {config.model.path} ({told}); set model.path back, or start anew in "
+            "another run_dir"
         )
 
 

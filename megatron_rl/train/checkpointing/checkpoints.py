@@ -116,8 +116,8 @@ class Checkpoints:
             log.info("resuming from %s", path)
             if self._leads and (changed := changed_companions(self._model_dir, path)):
                 log.warning(
-                    "%s of %s: changed since this checkpoint was made; with another tokenizer, chat template or end token "
-                    "the model reads other tokens from now on",
+                    "%s of %s: changed since this checkpoint was made; with another tokenizer, chat template or end "
+                    "token the model reads other tokens from now on",
                     ", ".join(changed),
                     self._model_dir,
                 )
