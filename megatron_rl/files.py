@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
+from megatron_rl.errors import DISK_ERRORS
 from megatron_rl.parsing import read_json
 
 INDEX = "model.safetensors.index.json"
@@ -92,7 +93,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:
+        if error.errno in DISK_ERRORS and error.filename is None:
             error.filename = str(path)
         raise
 

@@ -102,6 +102,12 @@ def test_a_write_that_fails_names_its_file_and_leaves_the_old_one(tmp_path: Path
     assert [one.name for one in tmp_path.iterdir()] == ["results.json"] and path.read_text() == "old"
 
 
+def test_an_error_of_something_else_is_not_said_to_be_of_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionError) as error, naming(tmp_path):
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+    assert error.value.filename is None
+
+
 def test_an_error_that_names_its_file_keeps_the_name(tmp_path: Path) -> None:
     with pytest.raises(OSError) as error, naming(tmp_path):
         open(tmp_path / "none").close()
