@@ -119,6 +119,10 @@ def test_a_model_whose_weights_are_missing_is_told_before_it_is_loaded(
     said = check(capsys, "rl.toml", "--set", f"model.path={tmp_path}/model", code=2)
     assert re.search("^problem  weights ", said, re.MULTILINE)
     assert "holds neither *.safetensors nor a megatron/ folder" in re.sub(r"\s+", " ", said)
+    (tmp_path / "model/pytorch_model.bin").write_bytes(b"a pickle")
+    said = check(capsys, "rl.toml", "--set", f"model.path={tmp_path}/model", code=2)
+    told = re.sub(r"\s+", " ", said)
+    assert "has its weights in pytorch_model.bin, a pickle, which is not opened" in told and "save_pretrained" in told
 
 
 def test_a_reward_that_does_not_know_a_rows_own_answer_is_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

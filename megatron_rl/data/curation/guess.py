@@ -75,12 +75,16 @@ def _columns(rows: Rows) -> dict[str, Any]:
         return {}
     keys: dict[str, Any] = {"prompt": f"{prompt}.-1.content" if _is_messages(first[prompt]) else prompt}
     keys |= {"tests": "any", "tests_column": tests} if tests else {"answer": answer}
+    # Alpaca's rows say what to do in one column, and with what in the other.
+    below = next((name for name in names if name.lower() == "input"), None) if prompt.lower() == "instruction" else None
+    if below is not None and below != answer:
+        keys["append"] = below
     keys["domain"] = "code" if tests else "math"
     if "domain" in names:
         keys["domain_column"] = "domain"
     if found := _id_column(names):
         keys["id_column"] = found
-    taken = {prompt, answer, "domain", keys.get("id_column")}
+    taken = {prompt, answer, below, "domain", keys.get("id_column")}
     meta = [name for name in names if name not in taken and _is_small(first[name])]
     return keys | ({"meta": meta} if meta else {})
 
