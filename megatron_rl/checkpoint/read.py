@@ -108,8 +108,8 @@ def open_checkpoint(path: Path, model: Architecture | None = None) -> Checkpoint
         if pickled := sorted(directory.glob("pytorch_model*.bin")):
             raise ValueError(
                 f"{path} has its weights in {pickled[0].name}, a pickle, which is not opened; write them as "
-                "safetensors, in Python: transformers.AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW), with the "
-                "tokenizer's files beside them"
+                "safetensors, in Python: transformers.AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW), "
+                "with the tokenizer's files beside them"
             )
         raise ValueError(
             f"{path} holds neither *.safetensors nor a {MEGATRON}/ folder; it must be a Hugging Face directory, a "
