@@ -40,6 +40,10 @@ class HfCheckpoint:
         files: dict[str, Path] = {}
         for path in _weight_files(directory):
             try:
+                path.open("rb").close()  # safetensors says that there is no such file where it may not be read
+            except OSError as error:
+                raise ValueError(f"{path} cannot be opened: {error.strerror}; mend that first") from None
+            try:
                 handle: Any = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path} cannot be read as safetensors: {error}; fetch it again") from None
