@@ -354,6 +354,28 @@ def said(question: str, answer: str, **others: Any) -> dict[str, Any]:
     return {"conversations": messages, **others}
 
 
+@pytest.mark.parametrize(
+    ("source", "row", "asked"),
+    [
+        ({"preset": "alpaca"}, {"instruction": "Add.", "input": "1 and 2", "output": "3"}, "Add.\n\n1 and 2"),
+        ({"preset": "alpaca"}, {"instruction": "Add 1 and 2.", "input": "", "output": "3"}, "Add 1 and 2."),
+        ({"preset": "prompt_completion"}, {"prompt": "1+2?", "completion": "3"}, "1+2?"),
+        ({"prompt": "q.text", "response": "a"}, {"q": {"text": "1+2?"}, "a": 3}, "1+2?"),
+    ],
+)
+def test_a_question_and_a_response_become_a_chat(tmp_path: Path, source: dict, row: dict, asked: str) -> None:
+    *questions, response = row
+    rows = [row | {"level": 4}, row | dict.fromkeys(questions, ""), row | {response: ""}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    config = {"output": str(tmp_path / "out"), "workers": 1, "source": [{"path": str(tmp_path / "a.jsonl"), **source}]}
+    curate(CurationConfig.model_validate(config | {"max_malformed_share": 1.0}))
+    (chat,) = read_chats(tmp_path / "out/kept.jsonl")
+    assert [(message.role, message.content) for message in chat.messages] == [("user", asked), ("assistant", "3")]
+    assert chat.meta == {"level": 4}
+    dropped = [json.loads(line)["reason"] for line in (tmp_path / "out/dropped.jsonl").read_text().splitlines()]
+    assert len(dropped) == 2 and "unusable_conversation" in dropped  # no question, and nothing to learn
+
+
 def test_conversations_are_curated_into_chats(tmp_path: Path) -> None:
     rows = [
         said("What is 3+4?", "7", id="a", metadata={"level": 1}, solution="seven"),

@@ -56,8 +56,13 @@ def write(path: Path, *rows: Any) -> Path:
         ),
         (
             {"instruction": "Add.", "input": "1 and 2", "output": "3"},
-            {"prompt": "instruction", "answer": "output", "domain": "math", "append": "input"},
+            {"preset": "alpaca"},
         ),
+        (
+            {"instruction": "Add.", "input": "1 and 2", "answer": "3"},
+            {"prompt": "instruction", "answer": "answer", "domain": "math", "append": "input"},
+        ),
+        ({"prompt": "1+2?", "completion": "3"}, {"preset": "prompt_completion"}),
         ({"instruction": "1+2?", "output": "3"}, {"prompt": "instruction", "answer": "output", "domain": "math"}),
         ({"a": "b", "c": "d"}, {}),
         ({"prompt": "p"}, {}),
@@ -98,7 +103,7 @@ def test_rows_reasons_and_domains_are_told_and_the_mapping_makes_our_rows(
 
 
 def test_both_parts_of_a_question_are_shown_and_what_is_left_out_is_said(tmp_path: Path) -> None:
-    row = {"instruction": "Add.", "input": "1 and 2", "output": "3", "choices": ["3", "4"]}
+    row = {"instruction": "Add.", "input": "1 and 2", "answer": "3", "choices": ["3", "4"]}
     told = run_inspect(str(write(tmp_path / "a.jsonl", row, row | {"input": ""})), "", tmp_path / "a.toml")
     assert "left out: choices (" in told
     assert "prompt: Add.\\n\\n1 and 2\n" in told and "prompt: Add.\n" in told

@@ -130,6 +130,7 @@ def test_a_chat_file_gives_its_messages_in_order(tmp_path):
         ({"messages": [USER, REPLY, USER]}, ["'messages'", "end with an assistant", "'user'"]),
         ({"messages": [REPLY]}, ["'messages'", "not begin with an assistant"]),
         ({"conversations": [USER, REPLY]}, ["'messages'", "its column 'conversations' may be it", "inspect"]),
+        ({"question": "hi", "answer": "ho"}, ["'messages'", "the key `response`", "inspect"]),
     ],
 )
 def test_a_bad_chat_row_is_named_by_file_line_field_and_value(tmp_path, row, parts):

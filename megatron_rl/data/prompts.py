@@ -203,6 +203,8 @@ class _Reader:
         except Wrong as wrong:
             near = None if "messages" in row else likely_column("messages", list(row))
             hint = f"; its column {near!r} may be it" if near else ""
+            if "messages" not in row and not near and likely_column("prompt", list(row)):
+                hint = "; of a question and a response, a mapping with the key `response` makes these (docs/sft.md)"
             self._note(line, "messages", f"{wrong}{hint}", unmapped="messages" not in row)
             return None
 

@@ -26,6 +26,8 @@ def guess_layout(rows: Rows) -> dict[str, Any]:
     by_name = _columns(rows)
     # A conversation that ends with an answer is one to imitate, whatever other columns there are.
     presets = [name for name in PRESETS if "chat" not in by_name or "chat" in PRESETS[name]]
+    if not any("input" in row for row in rows) and "alpaca" in presets:
+        presets.remove("alpaca")  # an output alone may as well be an answer
     scored = [(_score(rows, layout_of({"preset": name})), -place, name) for place, name in enumerate(presets)]
     (num_read, _), _, preset = max(scored)
     if by_name and _score(rows, layout_of(by_name))[0] > num_read:
