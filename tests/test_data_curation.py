@@ -256,6 +256,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_text('prompt,answer\n"never closed,b\n')
     (tmp_path / "c.csv").write_bytes("prompt,answer\nCafé?,1\n".encode("latin-1"))
     (tmp_path / "d.csv").write_text("prompt,prompt\na,b\n")
+    (tmp_path / "e.csv").write_text("prompt;answer\na;b\n")
     (tmp_path / "a.json").write_text('[{"prompt": "p"')
     (tmp_path / "a.parquet").write_text("a")
     (tmp_path / "a.jsonl").write_text("\n")
@@ -265,8 +266,9 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         ("b.jsonl", "no file matches"),
         ("a.txt", r"a\.txt is none of \.jsonl, \.jsonl\.gz, \.json, \.parquet, \.csv; convert it"),
         ("a.csv", r"a\.csv:2: 3 columns, and the first line names 2; put quotes around texts with commas"),
-        ("b.csv", r"b\.csv:2: not CSV in UTF-8 \(unexpected end of data\)"),
-        ("c.csv", r"c\.csv:\d: not CSV in UTF-8 \(.*codec can't decode"),
+        ("b.csv", r"b\.csv:2: not CSV \(unexpected end of data\)"),
+        ("c.csv", r"c\.csv is not in UTF-8 \(.*\); write it in UTF-8"),
+        ("e.csv", r"e\.csv:1: columns stand between ';'; write the file again with commas"),
         ("d.csv", r"d\.csv:1: two columns have the same name; rename one of prompt, prompt"),
         ("a.json", r"a\.json begins as a JSON array and is none"),
         ("a.parquet", r"a\.parquet does not read as Parquet"),
