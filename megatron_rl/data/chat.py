@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 _OTHERS = ("user", "tool")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _AT_ONCE = 1000  # prompts, whose texts and tokens are in memory together
-_TEXT = "0 1 2 a b c"  # has tokens in every vocabulary
 TEMPLATES = "additional_chat_templates"  # which transformers reads beside the files of the directory itself
 
 
@@ -50,10 +49,11 @@ def load_tokenizer(model_dir: str | Path) -> "PreTrainedTokenizerBase":
             f"{model_dir} holds no tokenizer that loads without remote code ({type(error).__name__}: {error}); "
             "it needs tokenizer.json or tokenizer.model, and tokenizer_config.json"
         ) from error
-    # transformers makes a tokenizer of special tokens alone where a class is named and its vocabulary is not there.
-    if set(tokenizer.encode(_TEXT, add_special_tokens=False)) <= set(tokenizer.all_special_ids):
+    # transformers makes a tokenizer of special tokens alone (Gemma's has a mask besides) where a class is named and its
+    # vocabulary is not there.
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab())) <= 1:
         raise ValueError(
-            f"{model_dir}: the tokenizer has no tokens for {_TEXT!r}, so it would leave all text out; fetch its "
+            f"{model_dir}: the tokenizer has special tokens alone, so it would leave all text out; fetch its "
             "vocabulary: tokenizer.json, tokenizer.model, or vocab.json and merges.txt"
         )
     if not tokenizer.chat_template:

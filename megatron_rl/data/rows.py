@@ -84,7 +84,7 @@ class Problems:
 def rows_of(path: str | Path, problems: Problems, most: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) of every line that is not blank. most: rows to read; default: all."""
     if not Path(path).is_file():
-        problems.add(path, 0, "file", _no_file(Path(path)))
+        problems.add(path, 0, "file", why_no_file(Path(path)))
         return
     if Path(path).suffix in (".parquet", ".csv", ".gz"):
         problems.add(path, 0, "file", f"{path} is no JSONL, one JSON object per line", unmapped=True)
@@ -108,8 +108,8 @@ def rows_of(path: str | Path, problems: Problems, most: int | None = None) -> It
         problems.add(path, 0, "file", f"{path} holds no rows; write one JSON object per line")
 
 
-def _no_file(path: Path) -> str:
-    """Say what is there in place of a file."""
+def why_no_file(path: Path) -> str:
+    """Say why there is no file of rows at a path: nothing is there, or something else."""
     if path.is_dir():
         inside = sorted(path.glob("*.jsonl"))
         example = f", as {inside[0]}" if inside else ""
