@@ -49,7 +49,7 @@ class Stopped(Exception):
 
 
 # These errors come from a disk, not from a mistake in this program.
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE}
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE}
 
 _rank = 0
 
@@ -116,7 +116,7 @@ def _exit_code(program: str, run: Callable[[], int]) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and (_is_unread(sys.stdout) or _is_unread(sys.stderr)):
             raise
-        if isinstance(error, OSError) and error.errno in _DISK:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             sys.stderr.write(f"{program}: {error}\n")
         else:  # a bug
             traceback.print_exc()

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
+from megatron_rl.errors import DISK_ERRORS
 from megatron_rl.parsing import read_json
 
 INDEX = "model.safetensors.index.json"
@@ -22,11 +23,16 @@ def model_directory(name: str | Path) -> Path:
     directory = Path(name)
     if directory.is_dir():
         return directory
-    remedy = "fetch one (`hf download ORG/NAME --local-dir DIR`), or make a tiny one with tools/make_tiny_model.py"
+    remedy = (
+        "fetch one (`hf download ORG/NAME --local-dir DIR`), name one of the Hugging Face Hub as hub:ORG/NAME, or make "
+        "a tiny one with tools/make_tiny_model.py"
+    )
     if directory.name.startswith("step_") and directory.parent.is_dir():
         steps = sorted(int(one.name[5:]) for one in directory.parent.glob("step_*") if one.name[5:].isdecimal())
         there = ", ".join(f"step_{step}" for step in steps) or "none"
         remedy = f"{directory.parent} has {there}; train.keep_last and train.keep_every say which a run keeps"
+    if directory.is_file():
+        raise ValueError(f"model directory {name} is a file; name the folder that it lies in, {directory.parent}")
     raise ValueError(f"model directory {name} does not exist; {remedy}")
 
 
@@ -82,6 +88,17 @@ def open_model_file(directory: Path, name: str) -> Iterator[BinaryIO]:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let what fails in the block say which file or folder it was: a write that finds the disk full names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_ERRORS and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def whole_file(path: Path, *, mode: int = 0o666, is_durable: bool = False) -> Iterator[TextIO]:
     """Write a file that gets its name when the block ends well. Until then an older file keeps the name.
 
@@ -91,7 +108,10 @@ def whole_file(path: Path, *, mode: int = 0o666, is_durable: bool = False) -> It
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)  # of a process that was killed, or a link to somewhere else
     try:
-        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
+        with (
+            naming(path),
+            open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file,
+        ):
             yield file
             if is_durable:
                 file.flush()

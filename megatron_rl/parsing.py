@@ -1,5 +1,6 @@
 """This module reads JSON and TOML that somebody else wrote, within limits that no real file reaches."""
 
+import codecs
 import difflib
 import io
 import json
@@ -64,9 +65,11 @@ def read_text(path: Path) -> str:
 
 def bounded_lines(file: io.BufferedIOBase, name: object) -> Iterator[bytes]:
     """Yield all lines with their ends, as iterating does. ValueError for a line of more than MAX_LINE_BYTES, which is
-    not read to its end. name: of the file, for the message."""
+    not read to its end, and for a file in UTF-16, whose lines end elsewhere. name: of the file, for the message."""
     for number in count(1):
         line = file.readline(MAX_LINE_BYTES + 1)
+        if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ValueError(f"{name} is in UTF-16; write it in UTF-8 (iconv -f UTF-16 -t UTF-8)")
         if len(line) > MAX_LINE_BYTES:
             raise ValueError(
                 f"{name}:{number}: the line has more than {MAX_LINE_BYTES:,} bytes; write one JSON object per line, "

@@ -245,5 +245,5 @@ def test_a_full_disk_is_raised_and_nothing_more_is_asked_for(tmp_path: Path, mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(append_log.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'rows'}'"):
         asyncio.run(write_groups(tmp_path / "rows", finished(10**6, 0.001), 10**6, "rows"))

@@ -119,6 +119,10 @@ def test_a_model_whose_weights_are_missing_is_told_before_it_is_loaded(
     said = check(capsys, "rl.toml", "--set", f"model.path={tmp_path}/model", code=2)
     assert re.search("^problem  weights ", said, re.MULTILINE)
     assert "holds neither *.safetensors nor a megatron/ folder" in re.sub(r"\s+", " ", said)
+    (tmp_path / "model/pytorch_model.bin").write_bytes(b"a pickle")
+    said = check(capsys, "rl.toml", "--set", f"model.path={tmp_path}/model", code=2)
+    told = re.sub(r"\s+", " ", said)
+    assert "has its weights in pytorch_model.bin, a pickle, which is not opened" in told and "save_pretrained" in told
 
 
 def test_a_reward_that_does_not_know_a_rows_own_answer_is_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,3 +204,17 @@ def test_a_row_of_the_table_wraps_what_was_found_and_says_what_to_do() -> None:
     assert lines[0] == "problem  disk          room"
     assert lines[-1] == "         -> some room"
     assert max(map(len, lines)) <= 60
+
+
+def test_faults_that_are_told_together_have_a_line_and_a_remedy_each() -> None:
+    from megatron_rl.preflight.show import Result
+
+    told = ("two reasons:\n  a.jsonl:1: no prompt; write one (3 more)\n  a.jsonl:4: no answer\n  inspect shows it",)
+    lines = list(as_lines(Result(check="rows", about="rows", state="problem", told=told), 80))
+    assert [line.strip() for line in lines[1:]] == [
+        "two reasons:",
+        "a.jsonl:1: no prompt",
+        "-> write one (3 more)",
+        "a.jsonl:4: no answer",
+        "inspect shows it",
+    ]

@@ -1,6 +1,8 @@
 """Tests the name table and its reshapes against tensors laid out by hand."""
 
+import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,24 @@ from megatron_rl.checkpoint.hf import HfCheckpoint
 from megatron_rl.checkpoint.layout import Chunked, GateUp, GroupedQkv, Replicated, TensorLayout, Vocabulary
 from megatron_rl.checkpoint.names import canonical_name, name_table
 from megatron_rl.families import architecture_of
+
+
+def test_weights_that_may_not_be_read_are_not_said_to_be_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    opened = Path.open
+
+    def open_or_refuse(path: Path, *arguments: Any, **options: Any) -> Any:  # root may read whatever its mode is
+        if path.suffix == ".safetensors":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", open_or_refuse)
+    with pytest.raises(
+        ValueError, match=r"^.*model\.safetensors cannot be opened: Permission denied; mend that first$"
+    ):
+        HfCheckpoint(model, architecture_of(TINY_CONFIG))
 
 
 def test_query_key_value_rows_are_grouped_by_key_value_head() -> None:

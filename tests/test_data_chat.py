@@ -1,5 +1,6 @@
 """Tests rendering through chat templates: Ling-lite's, and others that a checkpoint may bring."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -175,6 +176,15 @@ def test_directories_without_a_usable_tokenizer_are_named(tmp_path, model_dir):
     (bare / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "x"}')
     with pytest.raises(ValueError, match="names no eos_token"):
         load_tokenizer(bare)
+
+
+@pytest.mark.parametrize("name", ["Qwen2Tokenizer", "LlamaTokenizer", "GemmaTokenizer"])
+def test_a_tokenizer_whose_vocabulary_was_not_fetched_is_refused(tmp_path, name):
+    # transformers 5 opens these classes without any file of a vocabulary, and no text has tokens then
+    config = {"tokenizer_class": name, "eos_token": "<|endoftext|>", "chat_template": "{{ messages[0]['content'] }}"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"has special tokens alone, .*; fetch its vocabulary: tokenizer\.json"):
+        load_tokenizer(tmp_path)
 
 
 def test_data_and_reward_import_neither_torch_nor_transformers():

@@ -1,5 +1,6 @@
 """Tests curation from files to files: what is written and refused, and that a run leaves all or nothing."""
 
+import errno
 import fcntl
 import gzip
 import json
@@ -18,6 +19,7 @@ from pyarrow import parquet
 from until import wait_until
 
 from megatron_rl.data.curation.config import CurationConfig
+from megatron_rl.data.curation.output import whole_output
 from megatron_rl.data.curation.pipeline import curate
 from megatron_rl.data.curation.report import Report
 from megatron_rl.data.prompts import read_chats, read_prompts
@@ -50,6 +52,15 @@ def config(folder: Path, *paths: Path, **values: Any) -> CurationConfig:
 def run(folder: Path, rows: list[Any], **values: Any) -> tuple[Report, list[dict[str, Any]], list[dict[str, Any]]]:
     report = curate(config(folder, write(folder / "rows.jsonl", rows), **values), force=True)
     return report, read(folder / "out" / "kept.jsonl"), read(folder / "out" / "dropped.jsonl")
+
+
+def test_what_the_disk_refuses_is_told_with_the_folder(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'out'}'"),
+        whole_output(tmp_path / "out", force=False),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_kept_rows_are_prompts_and_dropped_rows_say_where_they_stood_and_why(tmp_path: Path) -> None:
@@ -245,6 +256,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_text('prompt,answer\n"never closed,b\n')
     (tmp_path / "c.csv").write_bytes("prompt,answer\nCafé?,1\n".encode("latin-1"))
     (tmp_path / "d.csv").write_text("prompt,prompt\na,b\n")
+    (tmp_path / "e.csv").write_text("prompt;answer\na;b\n")
     (tmp_path / "a.json").write_text('[{"prompt": "p"')
     (tmp_path / "a.parquet").write_text("a")
     (tmp_path / "a.jsonl").write_text("\n")
@@ -254,8 +266,9 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         ("b.jsonl", "no file matches"),
         ("a.txt", r"a\.txt is none of \.jsonl, \.jsonl\.gz, \.json, \.parquet, \.csv; convert it"),
         ("a.csv", r"a\.csv:2: 3 columns, and the first line names 2; put quotes around texts with commas"),
-        ("b.csv", r"b\.csv:2: not CSV in UTF-8 \(unexpected end of data\)"),
-        ("c.csv", r"c\.csv:\d: not CSV in UTF-8 \(.*codec can't decode"),
+        ("b.csv", r"b\.csv:2: not CSV \(unexpected end of data\)"),
+        ("c.csv", r"c\.csv is not in UTF-8 \(.*\); write it in UTF-8"),
+        ("e.csv", r"e\.csv:1: columns stand between ';'; write the file again with commas"),
         ("d.csv", r"d\.csv:1: two columns have the same name; rename one of prompt, prompt"),
         ("a.json", r"a\.json begins as a JSON array and is none"),
         ("a.parquet", r"a\.parquet does not read as Parquet"),
@@ -341,6 +354,28 @@ def test_csv_and_arrays_are_read_row_by_row(tmp_path: Path) -> None:
 def said(question: str, answer: str, **others: Any) -> dict[str, Any]:
     messages = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     return {"conversations": messages, **others}
+
+
+@pytest.mark.parametrize(
+    ("source", "row", "asked"),
+    [
+        ({"preset": "alpaca"}, {"instruction": "Add.", "input": "1 and 2", "output": "3"}, "Add.\n\n1 and 2"),
+        ({"preset": "alpaca"}, {"instruction": "Add 1 and 2.", "input": "", "output": "3"}, "Add 1 and 2."),
+        ({"preset": "prompt_completion"}, {"prompt": "1+2?", "completion": "3"}, "1+2?"),
+        ({"prompt": "q.text", "response": "a"}, {"q": {"text": "1+2?"}, "a": 3}, "1+2?"),
+    ],
+)
+def test_a_question_and_a_response_become_a_chat(tmp_path: Path, source: dict, row: dict, asked: str) -> None:
+    *questions, response = row
+    rows = [row | {"level": 4}, row | dict.fromkeys(questions, ""), row | {response: ""}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    config = {"output": str(tmp_path / "out"), "workers": 1, "source": [{"path": str(tmp_path / "a.jsonl"), **source}]}
+    curate(CurationConfig.model_validate(config | {"max_malformed_share": 1.0}))
+    (chat,) = read_chats(tmp_path / "out/kept.jsonl")
+    assert [(message.role, message.content) for message in chat.messages] == [("user", asked), ("assistant", "3")]
+    assert chat.meta == {"level": 4}
+    dropped = [json.loads(line)["reason"] for line in (tmp_path / "out/dropped.jsonl").read_text().splitlines()]
+    assert len(dropped) == 2 and "unusable_conversation" in dropped  # no question, and nothing to learn
 
 
 def test_conversations_are_curated_into_chats(tmp_path: Path) -> None:

@@ -238,7 +238,12 @@ def test_every_preset_reads_its_layout(preset: str, row: dict[str, Any], expecte
 
 
 def test_every_preset_is_tried_above() -> None:
-    conversations = {"messages", "sharegpt"}  # tests/test_data_curation.py, tests/test_data_layouts.py
+    conversations = {
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "prompt_completion",
+    }  # tests/test_data_curation.py, tests/test_data_layouts.py
     needs_pytest = {"kodcode"}  # tests/test_data_layouts.py
     assert {preset for preset, _, _ in LAYOUTS} | conversations | needs_pytest == set(PRESETS)
 

@@ -54,6 +54,16 @@ def write(path: Path, *rows: Any) -> Path:
             {"dialog": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
             {"chat": "dialog"},
         ),
+        (
+            {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+            {"preset": "alpaca"},
+        ),
+        (
+            {"instruction": "Add.", "input": "1 and 2", "answer": "3"},
+            {"prompt": "instruction", "answer": "answer", "domain": "math", "append": "input"},
+        ),
+        ({"prompt": "1+2?", "completion": "3"}, {"preset": "prompt_completion"}),
+        ({"instruction": "1+2?", "output": "3"}, {"prompt": "instruction", "answer": "output", "domain": "math"}),
         ({"a": "b", "c": "d"}, {}),
         ({"prompt": "p"}, {}),
     ],
@@ -92,6 +102,13 @@ def test_rows_reasons_and_domains_are_told_and_the_mapping_makes_our_rows(
     assert [prompt.domain for prompt in read_prompts("out/kept.jsonl")] == ["math", "math", "math", "code"]
 
 
+def test_both_parts_of_a_question_are_shown_and_what_is_left_out_is_said(tmp_path: Path) -> None:
+    row = {"instruction": "Add.", "input": "1 and 2", "answer": "3", "choices": ["3", "4"]}
+    told = run_inspect(str(write(tmp_path / "a.jsonl", row, row | {"input": ""})), "", tmp_path / "a.toml")
+    assert "left out: choices (" in told
+    assert "prompt: Add.\\n\\n1 and 2\n" in told and "prompt: Add.\n" in told
+
+
 def test_what_cannot_be_inspected_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"a": 1, "b": 2})
     with pytest.raises(
@@ -100,6 +117,10 @@ def test_what_cannot_be_inspected_is_named(tmp_path: Path) -> None:
         run_inspect(str(path), "", None)
     with pytest.raises(ValueError, match="--preset must be one of ours, .*, got 'our'"):
         run_inspect(str(path), "our", None)
+    with pytest.raises(
+        ValueError, match=rf"^{tmp_path} is a directory; name the files in it, as '{tmp_path}/\*\.jsonl'$"
+    ):
+        run_inspect(str(tmp_path), "", None)
     with pytest.raises(ValueError, match=r"empty\.jsonl has no rows"):
         run_inspect(str(write(tmp_path / "empty.jsonl")), "", None)
 

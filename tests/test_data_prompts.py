@@ -88,6 +88,29 @@ def test_missing_and_empty_files_are_named(tmp_path):
         read_chats(write(tmp_path / "empty.jsonl", ""))
 
 
+def test_what_is_there_and_is_no_file_of_rows_is_not_said_to_be_missing(tmp_path):
+    write(tmp_path / "b.jsonl", GOOD)
+    with pytest.raises(ValueError, match=rf"^data file {tmp_path} is a directory; name a file in it, as .*/b\.jsonl$"):
+        read_prompts(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty is a directory; name a file in it$"):
+        read_prompts(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"^data file /dev/null is not a regular file"):
+        read_prompts("/dev/null")
+    with pytest.raises(ValueError, match=r"\*\.jsonl does not exist; patterns are not read here: name one file"):
+        read_prompts(tmp_path / "*.jsonl")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_a_file_in_utf_16_is_called_that(tmp_path, encoding):
+    text = "".join(json.dumps(GOOD | {"answer": str(n)}) + "\n" for n in range(3))
+    (tmp_path / "p.jsonl").write_bytes(
+        ("\ufeff" if encoding == "utf-16-be" else "").encode(encoding) + text.encode(encoding)
+    )
+    with pytest.raises(ValueError, match=r"p\.jsonl is in UTF-16; write it in UTF-8"):
+        read_prompts(tmp_path / "p.jsonl")
+
+
 def test_a_chat_file_gives_its_messages_in_order(tmp_path):
     chats = read_chats(write(tmp_path / "c.jsonl", {"messages": [USER, REPLY], "id": "c"}, {"messages": [USER, REPLY]}))
     assert [(m.role, m.content) for m in chats[0].messages] == [("user", "hi"), ("assistant", "ho")]
@@ -107,6 +130,7 @@ def test_a_chat_file_gives_its_messages_in_order(tmp_path):
         ({"messages": [USER, REPLY, USER]}, ["'messages'", "end with an assistant", "'user'"]),
         ({"messages": [REPLY]}, ["'messages'", "not begin with an assistant"]),
         ({"conversations": [USER, REPLY]}, ["'messages'", "its column 'conversations' may be it", "inspect"]),
+        ({"question": "hi", "answer": "ho"}, ["'messages'", "the key `response`", "inspect"]),
     ],
 )
 def test_a_bad_chat_row_is_named_by_file_line_field_and_value(tmp_path, row, parts):
@@ -124,8 +148,8 @@ def test_all_faults_of_the_first_rows_are_told_at_once_and_each_once(tmp_path):
     lines = str(error.value).split("\n  ")
     assert [line.replace(str(tmp_path), "") for line in lines] == [
         "the rows cannot be used, for 3 reasons:",
-        "/p.jsonl:1: there is no field 'prompt'; the row has 'question', 'answer', 'domain'; its "
-        "column 'question' may be it (3 more such rows)",
+        "/p.jsonl:1: there is no field 'prompt'; the row has 'question', 'answer'; its column "
+        "'question' may be it (3 more such rows)",
         "/p.jsonl:4: field 'answer' must be a non-empty string, got ''; fill it in or drop the row",
         "/p.jsonl:5: not valid UTF-8 JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char "
         "1)); write one object per line",

@@ -1,14 +1,18 @@
 """Tests that files, links and directories appear whole or not at all."""
 
+import errno
 import itertools
 import os
+import resource
 import stat
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from megatron_rl.files import link_directory, whole_file
+from megatron_rl.files import link_directory, naming, whole_file
 
 
 def test_a_file_that_fails_half_way_leaves_what_was_there_and_nothing_beside_it(tmp_path: Path) -> None:
@@ -75,3 +79,36 @@ def test_a_link_is_right_where_its_folder_goes_by_another_name(tmp_path: Path) -
     (tmp_path / "runs/mine").symlink_to(tmp_path / "disk/run")
     link_directory(tmp_path / "disk/run/epochs/epoch_2", tmp_path / "runs/mine/hf")
     assert (tmp_path / "disk/run/hf").resolve() == tmp_path / "disk/run/epochs/epoch_2"
+
+
+@contextmanager
+def no_file_above(num_bytes: int) -> Iterator[None]:
+    """Make the kernel refuse writes beyond this size, as on a full disk. Python ignores the signal for it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_write_that_fails_names_its_file_and_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text("old")
+    with pytest.raises(OSError) as error, no_file_above(10), whole_file(path) as file:
+        file.write("x" * 100_000)
+    assert (error.value.errno, error.value.filename) == (errno.EFBIG, str(path))
+    assert str(path) in str(error.value)
+    assert [one.name for one in tmp_path.iterdir()] == ["results.json"] and path.read_text() == "old"
+
+
+def test_an_error_of_something_else_is_not_said_to_be_of_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionError) as error, naming(tmp_path):
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+    assert error.value.filename is None
+
+
+def test_an_error_that_names_its_file_keeps_the_name(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as error, naming(tmp_path):
+        open(tmp_path / "none").close()
+    assert error.value.filename == str(tmp_path / "none")

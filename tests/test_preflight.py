@@ -85,6 +85,28 @@ def test_each_problem_names_what_is_wrong_and_a_remedy(start_of, tmp_path: Path)
     assert found_by("run_dir", start_of(f"run_dir={tmp_path}/held", resume=True)) == []
 
 
+def test_a_run_does_not_go_on_as_another_model(start_of, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "held/checkpoints/step_1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint.parent / "latest").write_text("step_1", encoding="utf-8")
+
+    def found(resume: bool = True, **changes) -> list[str]:
+        (checkpoint / "config.json").write_text(json.dumps(TINY_CONFIG | changes), encoding="utf-8")
+        return found_by("run_dir", start_of(f"run_dir={tmp_path}/held", resume=resume))
+
+    assert found() == []
+    # where responses end, and how long they may be, is no matter of the weights
+    assert found(eos_token_id=2, max_position_embeddings=100) == []
+    (problem,) = found(vocab_size=95, rope_theta=500.0)
+    assert problem.startswith(f"{checkpoint} is of another model than {tmp_path}/model (vocab_size is 96 and was 95, ")
+    assert "rotary is" in problem and problem.endswith("; set model.path back, or start anew in another run_dir")
+    (problem,) = found(resume=False, vocab_size=95)
+    assert "add --resume" in problem
+    # A damaged checkpoint is for the run to find, which has an earlier one.
+    (checkpoint / "config.json").write_text("{", encoding="utf-8")
+    assert found_by("run_dir", start_of(f"run_dir={tmp_path}/held", resume=True)) == []
+
+
 def test_what_a_run_says_of_its_rows_is_not_said_before_it(
     start_of, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

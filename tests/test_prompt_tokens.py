@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokenizers import EOS, KINDS, TEMPLATE
+from tiny_model import TINY_CONFIG
 
 from megatron_rl.data import chat, prompt_tokens
 from megatron_rl.data.chat import load_tokenizer, render_prompt, render_prompts
@@ -37,7 +38,7 @@ PIECES = [
 @pytest.fixture(scope="module", params=KINDS)
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    (folder / "config.json").write_text(json.dumps({"model_type": "bailing_moe"}))
+    (folder / "config.json").write_text(json.dumps(TINY_CONFIG | {"vocab_size": 1000}))
     (folder / "model.safetensors").write_bytes(b"weights")
     KINDS[request.param](folder)
     return folder
@@ -78,6 +79,23 @@ def test_prompts_that_are_too_long_are_left_out_and_the_others_keep_their_tokens
     told = rendered_prompts(prompts, tokenizer, Limit(tokens=40, key="k", too_long="drop"))
     assert dict(told) == {p.id: tuple(render_prompt(tokenizer, p.prompt)) for p in prompts[::2]}
     assert ("p1" in told, len(told)) == (False, 2)
+
+
+def test_a_prompt_of_tokens_that_the_model_has_no_embedding_for_is_refused(directory: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(directory, tmp_path / "model"))
+    tokenizer = load_tokenizer(model)
+    ids = render_prompt(tokenizer, "1+1?")
+    largest = max(ids)
+
+    def start(vocab_size: int) -> Any:
+        (model / "config.json").write_text(json.dumps(TINY_CONFIG | {"vocab_size": vocab_size}))
+        return rendered_prompts(prompts_of("1+1?"), tokenizer, Limit(tokens=99, key="k"))
+
+    assert dict(start(largest + 1)) == {"p0": tuple(ids)}
+    with pytest.raises(
+        ValueError, match=rf"^prompt p0: the tokenizer of .*model makes token {largest} .*vocab_size .* is {largest};"
+    ):
+        start(largest)
 
 
 @pytest.fixture

@@ -227,6 +227,18 @@ def test_validation_chats_are_others_than_those_trained_on_and_fit(here: Path) -
         ChatBatches(config_of("train.micro_batch_tokens=12"), tokenizer)
 
 
+def test_chats_of_tokens_that_the_model_has_no_embedding_for_are_refused(here: Path, tmp_path: Path) -> None:
+    shutil.copytree("model", tmp_path / "model")
+    config = config_of(f"model.path={tmp_path / 'model'}")
+    batches = ChatBatches(config, load_tokenizer(config.model.path))
+    ids = [int(max(sequence.token_ids)) for step in range(batches.num_steps) for sequence in batches[step]]
+    largest = max(ids)
+    values = json.loads(Path("model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(values | {"vocab_size": largest}))
+    with pytest.raises(ValueError, match=rf"[ab]\.jsonl:\d+: the tokenizer of .* makes token {largest} \("):
+        ChatBatches(config, load_tokenizer(config.model.path))
+
+
 def test_files_that_are_not_there_are_named_before_anything_starts(here: Path) -> None:
     check_start(Start(config=config_of(f"run_dir={here}/other"), world_size=1))
     for change in ("data.validation=none.jsonl", 'data.train={"a.jsonl"=1,"none.jsonl"=1}'):

@@ -52,6 +52,7 @@ def test_a_configuration_from_before_starts_were_kept_is_the_first_one(tmp_path:
     [
         ("data.train=other.jsonl", r'data.train is {"other.jsonl": 1.0} and was {"train.jsonl": 1.0}; put'),
         ("seed=2", "seed is 2 and was 1; put"),
+        ('data.suffix="\\n Box it."', r'data.suffix is "\n Box it." and was ""; put'),
         ("optimizer.learning_rate=1", "no key has changed, so a file of data.train has; put"),
     ],
 )

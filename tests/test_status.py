@@ -110,6 +110,8 @@ def test_how_a_run_ended_is_told(process: Process, tmp_path: Path, words: list[s
     process.end(*words)
     found = status(tmp_path / "run")
     assert found["state"] == state
+    # config.toml says 30 steps: it is of the last start that was accepted
+    assert found["num_steps"] == (30 if state == "refused" else 40)
     assert found["checkpoint"] == str(tmp_path / "run/checkpoints/step_20")
     assert re.search(rf": {state} \d.*{said}", as_text(found), re.DOTALL)
 

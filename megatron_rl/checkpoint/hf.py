@@ -40,6 +40,10 @@ class HfCheckpoint:
         files: dict[str, Path] = {}
         for path in _weight_files(directory):
             try:
+                path.open("rb").close()  # safetensors says that there is no such file where it may not be read
+            except OSError as error:
+                raise ValueError(f"{path} cannot be opened: {error.strerror}; mend that first") from None
+            try:
                 handle: Any = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path} cannot be read as safetensors: {error}; fetch it again") from None
@@ -211,14 +215,28 @@ def copy_companions(source: Path, destination: Path, dtype: torch.dtype | None =
     `source`. `dtype` replaces config.json's torch_dtype (transformers 5: dtype), and `changes` replaces other fields.
     Where nothing differs config.json stays byte for byte. ValueError, before any is copied, for a file that leads out
     of `source`."""
-    of_weights = ("driver.json", CHECKSUMS, SFT_NOTE, NOTE)
-    for file in model_files(source):
-        if file.suffix in COMPANIONS and not file.name.endswith(".index.json") and file.name not in of_weights:
-            with open_model_file(source, file.name) as content, (destination / file.name).open("wb") as copy:
-                shutil.copyfileobj(content, copy)
+    for name in _companions(source):
+        with open_model_file(source, name) as content, (destination / name).open("wb") as copy:
+            shutil.copyfileobj(content, copy)
     config = parse_json((destination / "config.json").read_bytes())
     if dtype is not None:
         names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
         changes |= dict.fromkeys(names, str(dtype).removeprefix("torch."))
     if any(config.get(name) != value for name, value in changes.items()):
         (destination / "config.json").write_text(json.dumps(config | changes, indent=2), encoding="utf-8")
+
+
+def changed_companions(source: Path, copied: Path) -> list[str]:
+    """Name the files of `source` that `copy_companions` copied and that are others by now, but for config.json."""
+    names = {name for directory in (source, copied) for name in _companions(directory)} - {"config.json"}
+    return sorted(name for name in names if _content(source / name) != _content(copied / name))
+
+
+def _companions(directory: Path) -> list[str]:
+    of_weights = ("driver.json", CHECKSUMS, SFT_NOTE, NOTE)
+    names = [file.name for file in model_files(directory) if file.suffix in COMPANIONS]
+    return [name for name in names if not name.endswith(".index.json") and name not in of_weights]
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None

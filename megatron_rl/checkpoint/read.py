@@ -105,6 +105,12 @@ def open_checkpoint(path: Path, model: Architecture | None = None) -> Checkpoint
     if (directory / MEGATRON).is_dir():
         return DistributedCheckpoint(directory, model)
     if not has_weights(directory):
+        if pickled := sorted(directory.glob("pytorch_model*.bin")):
+            raise ValueError(
+                f"{path} has its weights in {pickled[0].name}, a pickle, which is not opened; write them as "
+                "safetensors, in Python: transformers.AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW), "
+                "with the tokenizer's files beside them"
+            )
         raise ValueError(
             f"{path} holds neither *.safetensors nor a {MEGATRON}/ folder; it must be a Hugging Face directory, a "
             "converted one or a checkpoint of a run"

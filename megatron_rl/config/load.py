@@ -50,7 +50,8 @@ def read_values(path: Path, overrides: Iterable[str] = (), folders: list[Path] |
 
 def _with_base(path: Path, seen: tuple[Path, ...], folders: list[Path]) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"config file {path} does not exist" + (f", which is the base of {seen[-1]}" if seen else ""))
+        wrong = "is no file" if path.exists() else "does not exist"
+        raise ValueError(f"config file {path} {wrong}" + (f", which is the base of {seen[-1]}" if seen else ""))
     if path.resolve() in (other.resolve() for other in seen):
         raise ValueError(f"{path} is its own base, by way of {', '.join(map(str, seen))}")
     try:

@@ -66,10 +66,12 @@ def as_toml(value: Any) -> Any:
 
 
 def told(value: Any) -> str:
-    """Return a value of a configuration as text for people."""
+    """Return a value of a configuration as text for people: with quotes where one could not see where it ends."""
     if value is None:
         return "not set"
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    if isinstance(value, str) and value and value == value.strip() and value.isprintable():
+        return value
+    return json.dumps(value, default=str, ensure_ascii=False)
 
 
 def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:

@@ -33,8 +33,8 @@ TEMPLATES = "additional_chat_templates"  # which transformers reads beside the f
 def load_tokenizer(model_dir: str | Path) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a Hugging Face directory from data only: no code of the directory runs.
 
-    Raise ValueError when it does not load, has no chat template or has no eos token, or when a file leads out of the
-    directory.
+    Raise ValueError when it does not load, has no vocabulary, no chat template or no eos token, or when a file leads
+    out of the directory.
     """
     from transformers import AutoTokenizer
 
@@ -49,6 +49,13 @@ def load_tokenizer(model_dir: str | Path) -> "PreTrainedTokenizerBase":
             f"{model_dir} holds no tokenizer that loads without remote code ({type(error).__name__}: {error}); "
             "it needs tokenizer.json or tokenizer.model, and tokenizer_config.json"
         ) from error
+    # transformers makes a tokenizer of special tokens alone (Gemma's has a mask besides) where a class is named and its
+    # vocabulary is not there.
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab())) <= 1:
+        raise ValueError(
+            f"{model_dir}: the tokenizer has special tokens alone, so it would leave all text out; fetch its "
+            "vocabulary: tokenizer.json, tokenizer.model, or vocab.json and merges.txt"
+        )
     if not tokenizer.chat_template:
         raise ValueError(f"{model_dir} has no chat template; put one into tokenizer_config.json or chat_template.jinja")
     if tokenizer.eos_token_id is None:

@@ -1,7 +1,7 @@
-"""Finds the rows that are short enough, and leaves out or refuses the rest."""
+"""Finds the rows that a model can read: those that are short enough, of tokens that it has embeddings for."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_rl.config.schema import RolloutPhase
 from megatron_rl.data.prompt_tokens import PromptTokens, prompt_tokens
 from megatron_rl.data.prompts import Prompt
+from megatron_rl.families import load_architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +45,33 @@ class Limit:
         raise ValueError(f"{told}: {named}{more}; raise it (the longest has {max(longer.values()):,}){drop}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """Says which tokens a model has embeddings for. size: ids are below it. tokenizer: writes the model's text."""
+
+    size: int
+    tokenizer: "PreTrainedTokenizerBase"
+
+    def check(self, ids: Collection[int], where: str) -> None:
+        """Raise ValueError for a row with another token: that of another model's tokenizer, say. ids: of the row."""
+        largest = max(ids, default=0)
+        if largest >= self.size:
+            text, model = self.tokenizer.convert_ids_to_tokens(largest), self.tokenizer.name_or_path
+            raise ValueError(
+                f"{where}: the tokenizer of {model} makes token {largest} ({text!r}) of it, and vocab_size in "
+                f"config.json is {self.size}; take the tokenizer that belongs to the model, or resize the model's "
+                "embedding (resize_token_embeddings) where tokens were added"
+            )
+
+
+def vocabulary_of(tokenizer: "PreTrainedTokenizerBase") -> Vocabulary:
+    """Return the vocabulary of the model whose directory a tokenizer was loaded from; without config.json any token is
+    in it."""
+    directory = Path(tokenizer.name_or_path)
+    known = (directory / "config.json").is_file()
+    return Vocabulary(size=load_architecture(directory).vocab_size if known else 2**31, tokenizer=tokenizer)
+
+
 def prompt_limit(config: RolloutPhase) -> Limit:
     """Make the limit of a run's prompts."""
     key = "rollout.max_prompt_tokens"
@@ -58,7 +86,8 @@ def rendered_prompts(
     kept: Path | None = None,
     arguments: Mapping[str, Any] | None = None,
 ) -> PromptTokens:
-    """Return the token ids, by id, of every prompt that is short enough. Raise ValueError as `Limit.check` does.
+    """Return the token ids, by id, of every prompt that is short enough. Raise ValueError as `Limit.check` and
+    `Vocabulary.check` do.
 
     All of them at the start, so that a long prompt cannot end a run when its turn comes hours later. kept, arguments:
     as of `prompt_tokens`.
@@ -70,4 +99,7 @@ def rendered_prompts(
     for prompt in prompts if left_out else ():
         if (prompt.where or f"prompt {prompt.id}") in left_out:
             rendered.drop(prompt.id)
+    vocabulary = vocabulary_of(tokenizer)
+    for prompt in prompts if rendered.largest >= vocabulary.size else ():
+        vocabulary.check(rendered.get(prompt.id, ()), prompt.where or f"prompt {prompt.id}")
     return rendered

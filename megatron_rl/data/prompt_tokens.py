@@ -58,6 +58,11 @@ class PromptTokens(Mapping[str, tuple[int, ...]]):
         start, end = self._places[identity]
         return end - start
 
+    @property
+    def largest(self) -> int:
+        """Return the largest token id of all prompts."""
+        return int(self._tokens.max(initial=0))
+
     def drop(self, identity: str) -> None:
         """Leave a prompt out."""
         self._places.pop(identity, None)

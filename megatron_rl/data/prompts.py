@@ -111,12 +111,12 @@ def read_prompts(
     without_domain: Counter[str] = Counter()
     prompts = []
     for line, row in rows_of(path, reader.problems, most):
-        row_domain = row.get("domain")
-        if row_domain is None:
-            row = {**row, "domain": "code" if looks_like_tests(_plain_answer(row)) else domain}
-            without_domain[row["domain"]] += 1
+        of_row = row
+        if row.get("domain") is None:
+            of_row = {"domain": "code" if looks_like_tests(_plain_answer(row)) else domain}
+            without_domain[of_row["domain"]] += 1
         answer_of = reader.text if needs_answer else reader.optional
-        taken = [reader.text(row, "domain", line), answer_of(row, "answer", line)]
+        taken = [reader.text(of_row, "domain", line), answer_of(row, "answer", line)]
         optional = [reader.optional(row, name, line) for name in ("id", "source")]
         asks, meta = reader.prompt(row, line), reader.meta(row, line)
         if asks is None or None in taken or None in optional or meta is None:
@@ -203,6 +203,8 @@ class _Reader:
         except Wrong as wrong:
             near = None if "messages" in row else likely_column("messages", list(row))
             hint = f"; its column {near!r} may be it" if near else ""
+            if "messages" not in row and not near and likely_column("prompt", list(row)):
+                hint = "; of a question and a response, a mapping with the key `response` makes these (docs/sft.md)"
             self._note(line, "messages", f"{wrong}{hint}", unmapped="messages" not in row)
             return None
 

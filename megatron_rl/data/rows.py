@@ -1,6 +1,7 @@
 """Reads rows of JSONL files, and tells everything that is wrong with them in one message."""
 
 import difflib
+import glob
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -83,7 +84,7 @@ class Problems:
 def rows_of(path: str | Path, problems: Problems, most: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) of every line that is not blank. most: rows to read; default: all."""
     if not Path(path).is_file():
-        problems.add(path, 0, "file", f"data file {path} does not exist")
+        problems.add(path, 0, "file", why_no_file(Path(path)))
         return
     if Path(path).suffix in (".parquet", ".csv", ".gz"):
         problems.add(path, 0, "file", f"{path} is no JSONL, one JSON object per line", unmapped=True)
@@ -105,6 +106,19 @@ def rows_of(path: str | Path, problems: Problems, most: int | None = None) -> It
                 )
     if not count:
         problems.add(path, 0, "file", f"{path} holds no rows; write one JSON object per line")
+
+
+def why_no_file(path: Path) -> str:
+    """Say why there is no file of rows at a path: nothing is there, or something else."""
+    if path.is_dir():
+        inside = sorted(path.glob("*.jsonl"))
+        example = f", as {inside[0]}" if inside else ""
+        return f"data file {path} is a directory; name a file in it{example}"
+    if path.exists():
+        return f"data file {path} is not a regular file; write its rows into one"
+    if glob.has_magic(str(path)):
+        return f"data file {path} does not exist; patterns are not read here: name one file"
+    return f"data file {path} does not exist"
 
 
 def _parsed(raw: bytes) -> tuple[Any, str | None]:

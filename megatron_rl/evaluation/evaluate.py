@@ -214,8 +214,10 @@ def _write(
         },
         "settings": settings,
     }
-    (folder / "results.json").write_text(json.dumps(finite(record), indent=1), encoding="utf-8")
-    (folder / "results.md").write_text(markdown(results, model), encoding="utf-8")
+    texts = {"results.json": json.dumps(finite(record), indent=1), "results.md": markdown(results, model)}
+    for name, text in texts.items():
+        with whole_file(folder / name) as file:
+            file.write(text)
     show(results, model)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_rl.config.benchmarks import BenchmarkSection
 from megatron_rl.config.evaluation import EvaluateConfig
+from megatron_rl.data.rows import why_no_file
 from megatron_rl.rollout.provenance import (
     model_settings,
     read_settings,
@@ -61,7 +62,7 @@ def checked_settings(folder: Path, settings: dict[str, Any], resume: bool) -> di
 def benchmark_settings(section: BenchmarkSection) -> dict[str, Any]:
     """Return what the responses to a benchmark depend on. Raise ValueError when its file does not exist."""
     if not section.path.is_file():
-        raise ValueError(f"data file {section.path} does not exist")
+        raise ValueError(why_no_file(section.path))
     return {
         "sha256": hashlib.sha256(section.path.read_bytes()).hexdigest(),
         "reward": section.reward,

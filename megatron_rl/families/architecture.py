@@ -1,13 +1,15 @@
 """This module holds the neutral description of a transformer that trainer, servers, converter, planner and simulator
 read."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megatron_rl.families.bounds import MAX_TOKENS, Flag, MaybeWidth, TokenId, Width, above_zero, whole
 
 _MAX_EXPERTS_OF_ALL_LAYERS = 2**18
+# Fields that change neither what weights compute nor their shapes.
+_OF_NO_WEIGHTS = {"eos_token_ids", "initializer_range", "max_position_embeddings"}
 
 RotaryKind = Literal["default", "linear", "yarn", "llama3"]
 
@@ -78,6 +80,12 @@ class Architecture(BaseModel):
     rms_norm_eps: Annotated[float, above_zero(1.0)] = 1e-6
     initializer_range: Annotated[float, above_zero(1e3)] = 0.02
     eos_token_ids: Annotated[tuple[TokenId, ...], Field(max_length=16)]
+
+    def differences(self, other: "Architecture") -> dict[str, tuple[Any, Any]]:
+        """Return the fields by which the same weights would compute something else, or would not fit, with the values
+        of both."""
+        mine, others = (one.model_dump(exclude=_OF_NO_WEIGHTS) for one in (self, other))
+        return {name: (value, others[name]) for name, value in mine.items() if others[name] != value}
 
     @model_validator(mode="after")
     def _check_sizes(self) -> "Architecture":

@@ -12,6 +12,7 @@ import psutil
 
 from megatron_rl.c3po.own_objective import check_advantage, check_correction, check_surrogate
 from megatron_rl.checkpoint.epochs import refuse_other_epochs
+from megatron_rl.checkpoint.newest import newest
 from megatron_rl.config.data import PromptSection
 from megatron_rl.config.evaluation import EvaluateConfig
 from megatron_rl.config.limits import doubtful
@@ -204,6 +205,23 @@ def _run_dir(start: Start) -> Iterator[str]:
         yield f"{config.run_dir} holds a run; add --resume to continue it, or set run_dir to a new folder"
     if isinstance(config, SftConfig):
         refuse_other_epochs(config.run_dir, config.train.epochs or 0, start.resume)
+    if start.trains and start.resume and isinstance(config, RunConfig):
+        yield from _other_model(config, start.architecture)
+
+
+def _other_model(config: RunConfig, architecture: Architecture) -> Iterator[str]:
+    """Look whether the newest checkpoint is of the model that a run goes on with."""
+    path = newest(config.run_dir / "checkpoints")
+    try:
+        differ = None if path is None else load_architecture(path).differences(architecture)
+    except (OSError, ValueError):
+        return  # a damaged one: the run looks for an earlier one
+    if differ:
+        told = ", ".join(f"{name} is {now!r} and was {before!r}" for name, (before, now) in list(differ.items())[:3])
+        yield (
+            f"{path} is of another model than {config.model.path} ({told}); set model.path back, or start anew in "
+            "another run_dir"
+        )
 
 
 @check("router_replay", "servers can record routed experts", of_machine=True)

@@ -96,8 +96,8 @@ def results_of(start: Start, is_here: bool) -> Iterator[Result]:
 def as_lines(result: Result, width: int) -> Iterator[str]:
     """Yield a row of the table, and below it what was found and what to do."""
     yield f"{result.state:<9}{result.check:<14}{result.about}"[:width].rstrip()
-    for text in result.told:
-        found, _, remedy = text.rpartition("; ")
+    for line in (line.strip() for text in result.told for line in text.splitlines()):
+        found, _, remedy = line.rpartition("; ")
         yield from _wrapped(found or remedy, width, "")
         if found:
             yield from _wrapped(remedy, width, "-> ")

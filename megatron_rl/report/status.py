@@ -66,8 +66,9 @@ def status(directory: Path) -> dict[str, Any]:
     beat, config = beat or {}, config or {}
     rows = [row for row in metric_rows(directory / "metrics.jsonl") if isinstance(row.get("step"), int)]
     num_done = rows[-1]["step"] + 1 if rows else 0
-    num_steps = beat.get("num_steps") or config.get("train", {}).get("steps")
-    state = state_of(directory, beat)
+    state, configured = state_of(directory, beat), config.get("train", {}).get("steps")
+    # A refused start told of steps that the run never had; config.toml is of the last accepted one.
+    num_steps = (state == "refused" and configured) or beat.get("num_steps") or configured
     latest = newest(directory / "checkpoints")
     is_running = state == "running"
     return {

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_rl.errors import Fault, Stopped
+from megatron_rl.files import naming
 from megatron_rl.parsing import bounded_lines, parse_json
 from megatron_rl.records import Group
 from megatron_rl.rollout.sampler import Question, Sampler
@@ -27,18 +28,18 @@ _MOST_WAITING = 2**26  # characters that are not written yet
 
 @contextmanager
 def told_of_resume(where: Path, files: Sequence[Path]) -> Iterator[None]:
-    """Log how to go on when a signal or a Fault ends the block and `files` have responses. Then a signal becomes
-    `Stopped`.
+    """Log how to go on when a signal, a Fault or a full disk ends the block and `files` have responses. Then a signal
+    becomes `Stopped`.
 
     where: the folder that the message names.
     """
     try:
         yield
-    except (KeyboardInterrupt, Fault) as error:
+    except (KeyboardInterrupt, Fault, OSError) as error:
         if not any(map(has_responses, files)):
             raise
         log.warning("the responses so far are in %s; --resume goes on with them", where)
-        if isinstance(error, Fault):
+        if not isinstance(error, KeyboardInterrupt):
             raise
         raise Stopped from None
 
@@ -88,7 +89,8 @@ class _Appending:
 @asynccontextmanager
 async def _appending(path: Path) -> AsyncIterator[_Appending]:
     """Open the file to append to. All of it is on the disk at the end, whatever ends the block."""
-    with path.open("a", encoding="utf-8") as file:
+    # Closing writes what is left, so it may fail as well, and hide the failure before.
+    with naming(path), path.open("a", encoding="utf-8") as file:
         appending = _Appending(file)
         try:
             yield appending

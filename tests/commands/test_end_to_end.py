@@ -305,6 +305,26 @@ def test_a_run_that_was_killed_goes_on_to_the_same_numbers(inputs: Path, whole: 
         assert {k: found[k] for k in same} == {k: expected[k] for k in same}
 
 
+def test_a_resumed_run_says_what_it_does_not_find_as_it_was(inputs: Path, tmp_path: Path) -> None:
+    config, model = tmp_path / "sft.toml", Path(shutil.copytree(inputs / "model", tmp_path / "model"))
+    config.write_text(
+        f'run_dir = "{tmp_path}/sft"\n[model]\npath = "{model}"\n'
+        f'[data]\ntrain = "{inputs}/data/sft.jsonl"\nbatch_tokens = 400\n'
+        "[train]\nsteps = 2\nmicro_batch_tokens = 400\n"
+    )
+    arguments = [PYTHON, "-m", "megatron_rl.cli", "sft", str(config)]
+    assert "warning" not in finish(arguments)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 77}))
+    arguments += ["--resume", "--set"]
+    said = finish([*arguments, "train.steps=3"])
+    assert f"warning: tokenizer_config.json of {model}: changed since this checkpoint was made" in said
+    assert "changed since this checkpoint" not in finish([*arguments, "train.steps=4"])  # the newest has it so
+    shutil.rmtree(tmp_path / "sft/checkpoints")
+    said = finish([*arguments, "train.steps=4"])
+    assert "so the run goes on from step 0; the 4 steps in metrics.jsonl are trained again" in said
+
+
 def test_two_context_parallel_ranks_train_the_steps_of_one_process(inputs: Path, whole: Path, tmp_path: Path) -> None:
     # Half the cap on each of two ranks: the same micro-batches, and so the same balance loss.
     options = ["train.steps=2", "parallel.context=2", "train.micro_batch_tokens=64"]

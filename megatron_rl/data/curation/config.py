@@ -72,6 +72,11 @@ class Layout(Section):
         description="Column of a conversation, {role, content} or {from, value}, for supervised fine-tuning, instead "
         "of all these. Other columns go into `meta`.",
     )
+    response: str = Field(
+        default="",
+        description="Column of what an assistant answers, for supervised fine-tuning, instead of `answer`: prompt and "
+        "response become a conversation. Other columns go into `meta`.",
+    )
     domain: str = Field(default="", description="Domain of every row, or of those without one in domain_column.")
     domain_column: str = Field(
         default="",
@@ -96,7 +101,13 @@ class Layout(Section):
     def columns(self) -> set[str]:
         """Return every column that is named, by the first part of its path. Tests may be read from others too."""
         named = (self.prompt, self.answer, self.tests_column, self.domain_column, self.id_column, self.source_column)
-        return {name.partition(".")[0] for name in (*named, self.chat, self.append, *self.options, *self.meta) if name}
+        more = (self.chat, self.response, self.append, *self.options, *self.meta)
+        return {name.partition(".")[0] for name in (*named, *more) if name}
+
+    @property
+    def is_chat(self) -> bool:
+        """Tell whether rows become conversations."""
+        return bool(self.chat or self.response)
 
 
 class Input(Layout):
@@ -142,7 +153,9 @@ class Source(Input):
     @model_validator(mode="after")
     def _complete(self) -> "Source":
         layout = self.layout()
-        if layout.chat:
+        if layout.response and not layout.prompt:
+            raise ValueError(f"{self.name}: response = {layout.response!r} needs the column prompt")
+        if layout.is_chat:
             return self
         gives_answer = layout.answer or layout.tests or layout.options
         if not layout.prompt or not gives_answer or not (layout.domain or layout.domain_column):
@@ -277,7 +290,7 @@ class CurationConfig(Section):
     def _has_sources(self) -> "CurationConfig":
         if not self.source:
             raise ValueError("there is nothing to curate; add a [[source]]")
-        chats = [bool(source.layout().chat) for source in self.source]
+        chats = [source.layout().is_chat for source in self.source]
         if any(chats) and not all(chats):
             raise ValueError(
                 f"{self.source[chats.index(True)].name} holds conversations and {self.source[chats.index(False)].name} "

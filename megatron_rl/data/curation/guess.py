@@ -26,6 +26,8 @@ def guess_layout(rows: Rows) -> dict[str, Any]:
     by_name = _columns(rows)
     # A conversation that ends with an answer is one to imitate, whatever other columns there are.
     presets = [name for name in PRESETS if "chat" not in by_name or "chat" in PRESETS[name]]
+    if not any("input" in row for row in rows) and "alpaca" in presets:
+        presets.remove("alpaca")  # an output alone may as well be an answer
     scored = [(_score(rows, layout_of({"preset": name})), -place, name) for place, name in enumerate(presets)]
     (num_read, _), _, preset = max(scored)
     if by_name and _score(rows, layout_of(by_name))[0] > num_read:
@@ -75,12 +77,16 @@ def _columns(rows: Rows) -> dict[str, Any]:
         return {}
     keys: dict[str, Any] = {"prompt": f"{prompt}.-1.content" if _is_messages(first[prompt]) else prompt}
     keys |= {"tests": "any", "tests_column": tests} if tests else {"answer": answer}
+    # Alpaca's rows say what to do in one column, and with what in the other.
+    below = next((name for name in names if name.lower() == "input"), None) if prompt.lower() == "instruction" else None
+    if below is not None and below != answer:
+        keys["append"] = below
     keys["domain"] = "code" if tests else "math"
     if "domain" in names:
         keys["domain_column"] = "domain"
     if found := _id_column(names):
         keys["id_column"] = found
-    taken = {prompt, answer, "domain", keys.get("id_column")}
+    taken = {prompt, answer, below, "domain", keys.get("id_column")}
     meta = [name for name in names if name not in taken and _is_small(first[name])]
     return keys | ({"meta": meta} if meta else {})
 

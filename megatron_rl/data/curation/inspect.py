@@ -143,7 +143,7 @@ class Inspector:
 def record_from(row: object, layout: Layout, source: str) -> Prompt:
     """Return the record of a row; raises Unusable. A conversation is one of the domain CHAT: its prompt is what the
     user says in it, its answer JSON of the messages."""
-    if not layout.chat:
+    if not layout.is_chat:
         return to_prompt(row, layout, source)
     chat = to_chat(row, layout)
     return _as_record(chat.id, chat.messages, chat.meta)
@@ -154,7 +154,7 @@ def defect_of(record: Prompt, layout: Layout, rules: Collection[str]) -> tuple[s
     for name, rule in RULES.items():
         if (
             name not in rules
-            or (layout.chat and name not in CHAT_RULES)
+            or (layout.is_chat and name not in CHAT_RULES)
             or (layout.options and name == "multiple_choice")
         ):
             continue

@@ -69,7 +69,7 @@ def has_column(row: object, column: str) -> bool:
 def left_out(columns: Iterable[str], layout: Layout) -> list[str]:
     """List the columns of a source that a layout does not take, in their order. Layouts of tests, and conversations
     without `meta`, take what they find."""
-    if layout.tests or (layout.chat and not layout.meta):
+    if layout.tests or (layout.is_chat and not layout.meta):
         return []
     return [name for name in columns if name not in layout.columns]
 
@@ -79,7 +79,12 @@ def to_chat(row: object, layout: Layout) -> Chat:
     into `meta`, or those of layout.meta where it names some."""
     if not isinstance(row, Mapping):
         raise Unusable("malformed", f"a row must be an object, got {_shown(row)}")
-    given = _look_up(row, layout.chat)
+    taken = (layout.prompt, layout.append, layout.response) if layout.response else (layout.chat,)
+    if layout.response:
+        asked, answer = prompt_of(row, layout), _text(row, layout.response)
+        given: Any = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    else:
+        given = _look_up(row, layout.chat)
     if not isinstance(given, list):
         raise Unusable("malformed", f"column {layout.chat!r} must be a list of messages, got {_shown(given)}")
     try:
@@ -87,7 +92,7 @@ def to_chat(row: object, layout: Layout) -> Chat:
     except Wrong as wrong:
         raise Unusable("unusable_conversation", str(wrong)) from None
     text = json.dumps([[message.role, message.content] for message in messages], ensure_ascii=False)
-    others = [name for name in row if name not in (layout.chat.partition(".")[0], layout.id_column)]
+    others = [name for name in row if name not in {layout.id_column, *(part.partition(".")[0] for part in taken)}]
     meta = _meta(row, layout.meta or others)
     name = _optional(row, layout.id_column)
     _check_encodable(name, text, json.dumps(meta, ensure_ascii=False))

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_rl.files import naming
 from megatron_rl.locks import sole_writer
 
 KEPT, DROPPED, REPORT = "kept.jsonl", "dropped.jsonl", "report.json"
@@ -28,7 +29,8 @@ def whole_output(folder: Path, force: bool) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         partial.mkdir()
         try:
-            yield partial
+            with naming(folder):
+                yield partial
             (folder / REPORT).unlink(missing_ok=True)
             for name in (KEPT, DROPPED, REPORT):
                 (partial / name).replace(folder / name)

@@ -121,4 +121,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     # Rows for supervised fine-tuning
     "messages": {"chat": "messages", "id_column": "id"},
     "sharegpt": {"chat": "conversations", "id_column": "id"},
+    "alpaca": {"prompt": "instruction", "append": "input", "response": "output", "id_column": "id"},
+    "prompt_completion": {"prompt": "prompt", "response": "completion", "id_column": "id"},
 }

@@ -15,12 +15,13 @@ import tomli_w
 from megatron_rl.data.curation.config import Layout
 from megatron_rl.data.curation.guess import guess_layout, layout_of
 from megatron_rl.data.curation.inspect import CHAT, as_row, defect_of, record_from
-from megatron_rl.data.curation.mapping import Unusable
+from megatron_rl.data.curation.mapping import Unusable, left_out
 from megatron_rl.data.curation.presets import PRESETS
 from megatron_rl.data.curation.rules import RULES
 from megatron_rl.data.curation.sources import files_of, parsed, pieces_of
 from megatron_rl.data.judged import BY_FORMULAS, doubts
 from megatron_rl.data.prompts import Prompt
+from megatron_rl.files import whole_file
 
 _LOOKED_AT = 1000
 _GUESSED_BY = 100
@@ -105,6 +106,8 @@ def _rows(paths: Sequence[Path]) -> Iterator[Numbered]:
 def _told(pattern: str, keys: Mapping[str, Any], found: Preview, objects: Sequence[Mapping[str, Any]]) -> str:
     what = f"the layout {keys['preset']}" if "preset" in keys else "columns that are named as usual"
     lines = [f"{pattern}: {what}", f"columns: {', '.join(objects[0]) if objects else 'none'}"]
+    if others := left_out(dict.fromkeys(name for row in objects for name in row), layout_of(keys)):
+        lines.append(f"left out: {', '.join(others)} (`meta` keeps columns for a reward of your own)")
     for where, record in _examples(found.kept):
         lines += ["", where, *(f"  {name}: {_shown(value)}" for name, value in as_row(record).items())]
     records = [record for _, record in found.kept]
@@ -132,5 +135,6 @@ def _written(path: Path, pattern: str, keys: Mapping[str, Any]) -> str:
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise ValueError(f"{path} exists and says something else; remove it, or name another with --output")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    with whole_file(path) as file:
+        file.write(text)
     return f"{path}:\n{text}\nCorrect it where it is wrong (docs/data.md has the keys), then: {command}"

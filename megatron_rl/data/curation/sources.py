@@ -56,6 +56,8 @@ def pieces_of(path: Path) -> Iterator[Piece]:
 
 def files_of(pattern: str) -> list[Path]:
     paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]
+    if not paths and Path(pattern).is_dir():
+        raise ValueError(f"{pattern} is a directory; name the files in it, as {str(Path(pattern) / '*.jsonl')!r}")
     if not paths:
         raise ValueError(f"no file matches {pattern!r}; correct the path")
     for path in paths:
@@ -138,6 +140,8 @@ def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             names = next(rows, [])
             if len(set(names)) < len(names):
                 raise ValueError(f"{path}:1: two columns have the same name; rename one of {', '.join(names)}")
+            if len(names) == 1 and (other := next((mark for mark in ";\t" if mark in names[0]), "")):
+                raise ValueError(f"{path}:1: columns stand between {other!r}; write the file again with commas")
             line = rows.line_num + 1
             for row in rows:
                 if row and len(row) != len(names):
@@ -148,8 +152,12 @@ def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if row:
                     yield line, dict(zip(names, row, strict=True))
                 line = rows.line_num + 1
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}:{rows.line_num}: not CSV in UTF-8 ({error}); write it again as JSONL") from None
+        except UnicodeDecodeError as error:  # of a piece of the file, so its place says nothing
+            raise ValueError(
+                f"{path} is not in UTF-8 ({error.reason}); write it in UTF-8 (of Latin-1: iconv -f LATIN1 -t UTF-8)"
+            ) from None
+        except csv.Error as error:
+            raise ValueError(f"{path}:{rows.line_num}: not CSV ({error}); write it again as JSONL") from None
 
 
 def _parquet(path: Path) -> Iterator[Piece]:

@@ -16,9 +16,6 @@ from megatron_rl.files import indexed_names
 from megatron_rl.rollout.embedded.packing import Packing
 from megatron_rl.rollout.embedded.weights import ModelWeights, some
 
-# Fields of config.json that do not change what the weights compute.
-_NOT_ARCHITECTURE = {"eos_token_ids", "initializer_range", "max_position_embeddings"}
-
 
 def load_weights(model_dir: str | Path, config: Architecture, dtype: torch.dtype) -> ModelWeights:
     """Read, check and pack a directory for a model of shape `config`.
@@ -31,13 +28,8 @@ def load_weights(model_dir: str | Path, config: Architecture, dtype: torch.dtype
 
 
 def _require_same_architecture(ours: Architecture, theirs: Architecture, model_dir: str | Path) -> None:
-    found = theirs.model_dump()
-    for name, value in ours.model_dump(exclude=_NOT_ARCHITECTURE).items():
-        other = found[name]
-        if other != value:
-            raise ValueError(
-                f"{name} of {model_dir}/config.json must be {value!r} as in the served model, got {other!r}"
-            )
+    for name, (value, other) in ours.differences(theirs).items():
+        raise ValueError(f"{name} of {model_dir}/config.json must be {value!r} as in the served model, got {other!r}")
 
 
 def read_packed(model_dir: str | Path, config: Architecture, dtype: torch.dtype) -> ModelWeights:

@@ -27,7 +27,7 @@ from megatron_rl.checkpoint import steps
 from megatron_rl.checkpoint.adapters import NOTE, AdapterNote, refuse_other_adapters
 from megatron_rl.checkpoint.checksums import checksum_on_disk, damage, sync, write_checksums
 from megatron_rl.checkpoint.distributed import MEGATRON
-from megatron_rl.checkpoint.hf import copy_companions
+from megatron_rl.checkpoint.hf import changed_companions, copy_companions
 from megatron_rl.config.train import TrainSection
 from megatron_rl.errors import SharedFault
 from megatron_rl.sync.all_ranks import on_all_ranks
@@ -114,6 +114,7 @@ class Checkpoints:
                 continue
             refuse_other_adapters(path, self._note)
             log.info("resuming from %s", path)
+            on_all_ranks(partial(_tell_changes, self._model_dir, path) if self._leads else None, self._control)
             state.load(path / MEGATRON, trainer)
             on_all_ranks(partial(_use_instead, path, damaged) if damaged and self._leads else None, self._control)
             driver = json.loads((path / "driver.json").read_text(encoding="utf-8"))
@@ -204,6 +205,16 @@ class Checkpoints:
 
 def _free_bytes(directory: Path) -> int:
     return shutil.disk_usage(next(path for path in (directory, *directory.parents) if path.exists())).free
+
+
+def _tell_changes(model_dir: Path, path: Path) -> None:
+    if changed := changed_companions(model_dir, path):
+        log.warning(
+            "%s of %s: changed since this checkpoint was made; with another tokenizer, chat template or end token the "
+            "model reads other tokens from now on",
+            ", ".join(changed),
+            model_dir,
+        )
 
 
 def _use_instead(path: Path, damaged: dict[str, list[str]]) -> None:

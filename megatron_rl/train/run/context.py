@@ -29,6 +29,7 @@ from megatron_rl.sync.all_ranks import on_all_ranks
 from megatron_rl.sync.export import export_directory
 from megatron_rl.terminal import say
 from megatron_rl.train.checkpointing.checkpoints import Checkpoints
+from megatron_rl.train.run.metrics import metric_rows
 from megatron_rl.train.run.overview import ending, overview
 from megatron_rl.train.run.starts import record_start
 from megatron_rl.train.run.watchdog import Watchdog
@@ -160,6 +161,15 @@ class TrainContext:
         Collective."""
         found = self.checkpoints.restore(self.trainer) if self.resume else None
         self._has_resumed = found is not None
+        if self.resume and found is None and self.is_rank_zero:
+            num_steps = sum(1 for _ in metric_rows(self.config.run_dir / "metrics.jsonl"))
+            if num_steps:
+                log.warning(
+                    "there is no checkpoint in %s, so the run goes on from step 0; the %d steps in metrics.jsonl are "
+                    "trained again",
+                    self.config.run_dir / "checkpoints",
+                    num_steps,
+                )
         return found
 
     def accept(self, step: int) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from megatron_rl.config.schema import SftConfig
 from megatron_rl.data.batches import batch_ends, epochs_ended
 from megatron_rl.data.chat import render_chat
-from megatron_rl.data.fitting import Limit
+from megatron_rl.data.fitting import Limit, vocabulary_of
 from megatron_rl.data.mixture import load_chats
 from megatron_rl.data.prompts import Chat, read_chats
 from megatron_rl.families import load_architecture
@@ -114,12 +114,13 @@ def tokenized(chats: Sequence[Chat], config: SftConfig, tokenizer: Any, where: s
     """Return the sequences of chats by id, with loss on what the model would have to generate (`render_chat`); only
     those that are short enough.
 
-    where: for the progress bar. Raises ValueError for chats that are too long, as data.too_long says.
+    where: for the progress bar. Raises ValueError for chats that are too long, as data.too_long says, and for tokens
+    that the model has no embedding for.
     """
     most, key = min(_limits(config))
     end_ids = load_architecture(config.model.path).eos_token_ids
     limit = Limit(tokens=most, key=key, kind="chats", too_long=config.data.too_long)
-    found, lengths, data = {}, {}, config.data
+    found, lengths, data, vocabulary = {}, {}, config.data, vocabulary_of(tokenizer)
     for chat in bar(chats, f"tokenizing {where}"):
         ids, mask = render_chat(
             tokenizer, chat.messages, data.special_tokens, end_ids, tools=chat.tools, arguments=data.template_arguments
@@ -127,6 +128,7 @@ def tokenized(chats: Sequence[Chat], config: SftConfig, tokenizer: Any, where: s
         lengths[chat.where] = len(ids)
         if len(ids) > most:
             continue
+        vocabulary.check(ids, chat.where)
         positions = np.flatnonzero(mask).astype(np.int32)
         found[chat.id] = TrainSequence(
             token_ids=np.array(ids, np.int32),
