@@ -42,6 +42,11 @@ async def raises(task, model):
     raise RuntimeError("oh no")
 
 
+async def raises_together(task, model):
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(raises(task, model))
+
+
 async def exits(task, model):
     await model.chat(task.messages)
     sys.exit(3)

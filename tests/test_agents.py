@@ -164,6 +164,7 @@ def test_a_program_is_told_by_its_environment_and_writes_its_score(tokenizer, tm
 
 FAILURES = {
     "raises": "RuntimeError: oh no < agents_that_fail.py line",
+    "raises_together": "(1 sub-exception): RuntimeError: oh no < agents_that_fail.py line",
     "exits": "SystemExit: 3",
     "dies": "it ended with code 7",
     "crashes": "it ended with signal 11",
@@ -172,7 +173,7 @@ FAILURES = {
     "returns_text": "it returned 'good', a str, and must be a number",
     "returns_nan": "must be a finite number",
     "returns_itself": "and must be a number, a bool or a Score",
-    "asks_nonsense": "messages must be a list of messages, not empty",
+    "asks_nonsense": "messages must be a list of messages, not empty, got [] < agents_that_fail.py line",
     "other_key": "no trajectory has this address and this key",
     "forges_its_result": "its result has more than 65536 bytes",
     "forges_a_text": "its result has Expected `float | null`, got `str` - at `$.score`; it must be JSON of a score",
