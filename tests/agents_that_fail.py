@@ -66,6 +66,11 @@ async def hangs(task, model):
     await asyncio.sleep(10**6)
 
 
+async def talks_and_hangs(task, model):
+    print("I wait for the weather", flush=True)
+    await asyncio.sleep(10**6)
+
+
 async def blocks(task, model):
     await model.chat(task.messages)
     while True:

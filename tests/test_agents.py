@@ -156,7 +156,8 @@ def test_a_program_is_told_by_its_environment_and_writes_its_score(tokenizer, tm
     assert (plain.reward, plain.reason) == (1.0, "correct")
     assert (fails.reason, fails.response.finish_reason) == ("error", FAILED)
     assert "it ended with code 1; the last it printed: nothing to be done" in fails.details
-    assert "nothing to be done" in (tmp_path / "agent_output.log").read_text()
+    logged = (tmp_path / "agent_output.log").read_text()
+    assert "of the row 2: it ended with code 1; the last it printed: nothing to be done\nnoise\n" in logged
     assert counts["num_failed_agents"] == 1
 
 
@@ -249,6 +250,7 @@ def test_agents_end_with_the_run(tmp_path) -> None:
         await agents._process.wait()
         running.cancel()
         await until(lambda: not any(map(is_running, pids)), f"the processes {pids} have ended")
+        assert (tmp_path / "out").read_text() == ""  # it has done nothing wrong
 
     before = {process.pid for process in left_over()}
     asyncio.run(begin())
@@ -379,11 +381,24 @@ def test_at_the_end_of_a_phase_agents_wait_and_their_turns_go_on_under_the_next_
             assert tokenizer.decode(segment.output_ids[: segment.turns[0, 1]].tolist()) == f"yes yes yes{END}"
 
 
-def test_one_that_hangs_blocks_or_ignores_signals_ends_with_its_time(tokenizer, tmp_path) -> None:
+def test_one_that_hangs_blocks_or_ignores_signals_ends_with_its_time_and_is_told_of(
+    tokenizer, tmp_path, caplog
+) -> None:
     before = {process.pid for process in left_over()}
-    questions = [question(number, kind) for number, kind in enumerate(TOO_LONG)]
+    kinds = [*TOO_LONG, "talks_and_hangs"]
+    questions = [question(number, kind) for number, kind in enumerate(kinds)]
     groups, counts = groups_of(tokenizer, tmp_path, questions, agent_seconds=2.0)
+    why = "not done after 2 s (rollout.agent_seconds)"
+    logged = (tmp_path / "agent_output.log").read_text()
+    assert {line.partition(" of ")[2] for line in logged.splitlines() if line.startswith("---")} == {
+        f"the row {number}: {why}" for number in range(len(kinds))
+    }
+    assert "I wait for the weather" in logged  # what it printed last says where it hangs
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == 3  # the others are counted
+    assert all(f"failed: {why}; {tmp_path / 'agent_output.log'} has more" in message for message in told)
+    assert told[2].endswith("; further ones are only counted")
     for group in groups:
         assert (group.samples[0].reason, group.samples[0].response.finish_reason) == ("timeout", "seconds")
-    assert counts["num_failed_agents"] == len(TOO_LONG)
+    assert counts["num_failed_agents"] == len(kinds)
     wait_until(lambda: {process.pid for process in left_over()} <= before, "no process is left")

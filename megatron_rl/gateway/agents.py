@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from megatron_rl.gateway.protocol import Order, Outcome, Setup, line
+from megatron_rl.gateway.protocol import End, Order, Outcome, Setup, line
 from megatron_rl.proxies import without_proxy
 from megatron_rl.rollout.server import inherited_environment
 
@@ -79,26 +79,31 @@ class Agents:
             self._reader = asyncio.create_task(self._read(process))
 
     async def run(self, order: Order) -> Outcome:
-        """Run one agent to its end. Cancelling it ends the agent. Raise Lost where its process was lost meanwhile."""
+        """Run one agent to its end. Cancelling it ends the agent; the message of `cancel` says what it did wrong. Raise
+        Lost where its process was lost meanwhile."""
         await self.start()
         assert self._process is not None and self._process.stdin is not None
         process, stdin = self._process, self._process.stdin
         ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._running[order.id] = _Running(process, ended)
+        why = ""
         try:
             with contextlib.suppress(ConnectionError):  # the reader tells of it
                 stdin.write(line("start", order))
                 await stdin.drain()
             return await ended
+        except asyncio.CancelledError as error:
+            why = str(error)
+            raise
         finally:
             del self._running[order.id]
             if not ended.done() or ended.cancelled():
-                self.end(order.id)
+                self.end(End(id=order.id, why=why))
 
-    def end(self, name: str) -> None:
+    def end(self, end: End) -> None:
         """End an agent and what it has started now. `run` returns when it has."""
         if self._process is not None and self._process.stdin is not None and self._process.returncode is None:
-            self._process.stdin.write(line("end", name))
+            self._process.stdin.write(line("end", end))
 
     async def close(self) -> None:
         await self._end_process()

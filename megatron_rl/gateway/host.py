@@ -33,6 +33,7 @@ from megatron_rl.gateway.protocol import (
     RESULT_FILE,
     TASK_FILE,
     TRAJECTORY,
+    End,
     Order,
     Outcome,
     Setup,
@@ -60,9 +61,11 @@ PARAMETERS = {
 
 @dataclass(slots=True, eq=False)
 class _Agent:
-    """Holds a running agent. output: where what it prints comes. folder: its own, for files that come and go."""
+    """Holds a running agent. row: the id of the row that it does. output: where what it prints comes. folder: its own,
+    for files that come and go. is_needed: until the run ends it for no fault of its own."""
 
     id: str
+    row: str
     pid: int
     pidfd: int
     output: int
@@ -70,6 +73,7 @@ class _Agent:
     tail: bytearray = field(default_factory=bytearray)
     num_output_bytes: int = 0
     error: str = ""
+    is_needed: bool = True
 
 
 class Host:
@@ -102,6 +106,7 @@ class Host:
                     self._look()
         finally:
             for agent in list(self._agents.values()):
+                agent.is_needed = False
                 self._end(agent)
             self._end_orphans()
 
@@ -113,7 +118,10 @@ class Host:
             order = json.loads(one)
             if "start" in order:
                 self._start(Order(**order["start"]))
-            elif agent := self._agents.get(order["end"]):
+                continue
+            end = End(**order["end"])
+            if agent := self._agents.get(end.id):
+                agent.error, agent.is_needed = agent.error or end.why, bool(end.why)
                 self._end(agent)
         return bool(data)
 
@@ -129,7 +137,7 @@ class Host:
             return
         finally:
             os.close(write)
-        agent = _Agent(order.id, pid, os.pidfd_open(pid), read, folder)
+        agent = _Agent(order.id, str(order.task["id"]), pid, os.pidfd_open(pid), read, folder)
         _write(self._news, line("started", {"id": order.id, "pid": pid}))
         os.set_blocking(read, False)
         self._agents[order.id] = agent
@@ -227,7 +235,7 @@ class Host:
         self._end_orphans()
         outcome = self._outcome(agent, os.waitstatus_to_exitcode(status))
         shutil.rmtree(agent.folder, ignore_errors=True)
-        if outcome.error:
+        if outcome.error and agent.is_needed:
             self._keep_output(agent, outcome.error)
         self._tell(outcome)
 
@@ -279,7 +287,7 @@ class Host:
         with contextlib.suppress(OSError), open(self._setup.output, "ab") as file:
             if file.tell() > _MAX_LOG_BYTES:
                 file.truncate(0)
-            file.write(f"--- {agent.id}: {error}\n".encode() + bytes(agent.tail).rstrip() + b"\n")
+            file.write(f"--- {agent.id} of the row {agent.row}: {error}\n".encode() + bytes(agent.tail).rstrip() + b"\n")
 
     def _tell(self, outcome: Outcome) -> None:
         _write(self._news, line("ended", outcome))
