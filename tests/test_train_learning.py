@@ -101,6 +101,11 @@ def test_responses_that_cannot_be_judged_are_told() -> None:
     found = told(4, reward_error_share=0.125)
     assert [len(messages) for messages in found] == [0, 0, 1, 0]
     assert "12% of the responses could not be judged" in found[2][0]
+    assert "reward_output.log" in found[2][0]
+    of_agents = {"uniform_group_share": 1.0, "correct_share": 0.0, "reward_error_share": 0.9, "num_failed_agents": 5}
+    *_, (uniform, errors) = told(3, **of_agents)
+    assert "many agents failed (agent_output.log says how) or were not done in time (rollout.agent_seconds)" in uniform
+    assert "agent_output.log has what the agents printed" in errors
     assert told(9, reward_error_share=0.01) == [[]] * 9
 
 

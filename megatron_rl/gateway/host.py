@@ -287,7 +287,8 @@ class Host:
         with contextlib.suppress(OSError), open(self._setup.output, "ab") as file:
             if file.tell() > _MAX_LOG_BYTES:
                 file.truncate(0)
-            file.write(f"--- {agent.id} of the row {agent.row}: {error}\n".encode() + bytes(agent.tail).rstrip() + b"\n")
+            said = f"--- {agent.id} of the row {agent.row}: {error}\n".encode(errors="replace")
+            file.write(said + bytes(agent.tail).rstrip() + b"\n")
 
     def _tell(self, outcome: Outcome) -> None:
         _write(self._news, line("ended", outcome))

@@ -69,7 +69,11 @@ def _all_wrong(row: Row) -> Iterator[str]:
         yield from _no_answer(row)
         return
     if row.get("reward_error_share", 0.0) > _TRUNCATED_SHARE:
-        yield "many responses could not be judged (reward.timeout_seconds, reference answers that nothing can read)"
+        yield (
+            "many agents failed (agent_output.log says how) or were not done in time (rollout.agent_seconds)"
+            if row.get("num_failed_agents")
+            else "many responses could not be judged (reward.timeout_seconds, reference answers that nothing can read)"
+        )
     if row.get("too_slow_share", 0.0) > _TRUNCATED_SHARE:
         yield "many programs ran out of their time (reward.code.cpu_seconds, reward.code.seconds)"
     if row["reward"] != 0:
@@ -109,8 +113,12 @@ _SIGNS = (
         seen=lambda row: row.get("reward_error_share", 0.0) > _ERROR_SHARE,
         said=lambda row: (
             f"{row['reward_error_share']:.0%} of the responses could not be judged, and some in each of the last "
-            f"{STEPS} steps. Their details in rollouts/ say why, and reward_output.log has what a function of your "
-            "own printed"
+            f"{STEPS} steps. Their details in rollouts/ say why, and "
+            + (
+                "agent_output.log has what the agents printed"
+                if row.get("num_failed_agents")
+                else "reward_output.log has what a function of your own printed"
+            )
         ),
     ),
     Sign(
