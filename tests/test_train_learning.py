@@ -109,6 +109,19 @@ def test_responses_that_cannot_be_judged_are_told() -> None:
     assert told(9, reward_error_share=0.01) == [[]] * 9
 
 
+def test_a_step_that_waits_for_rewards_is_told_without_responses_as_examples(caplog: Any) -> None:
+    found = told(4, step_seconds=100.0, reward_wait_seconds=51.0)
+    assert [len(messages) for messages in found] == [0, 0, 1, 0]
+    assert "51 s of 100 s went by with nothing to do but to wait for rewards" in found[2][0]
+    assert "Raise reward.workers" in found[2][0]
+    assert told(9, step_seconds=100.0, reward_wait_seconds=49.0) == [[]] * 9
+    assert told(9, step_seconds=9.5, reward_wait_seconds=9.0) == [[]] * 9  # steps of a few seconds are no matter
+    alarms = alarms_after([HEALTHY | {"step_seconds": 100.0, "reward_wait_seconds": 51.0}] * 2)
+    alarms.report(HEALTHY | {"step": 2, "step_seconds": 100.0, "reward_wait_seconds": 51.0}, ["a response"])
+    assert "wait for rewards" in caplog.text
+    assert "a response" not in caplog.text
+
+
 def test_a_run_without_any_answer_is_told_of_both() -> None:
     changes = {"uniform_group_share": 1.0, "no_answer_share": 1.0, "reward": 0.0, "truncated_share": 1.0}
     *_, (uniform, no_answer) = told(3, **changes)
