@@ -3,6 +3,7 @@
 import asyncio
 import os
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -215,8 +216,11 @@ def test_thirty_bad_agents_cost_their_own_trajectories_alone_and_leave_nothing(t
 
 
 def test_where_the_process_of_all_agents_is_ended_the_others_begin_again_with_the_same_answers(
-    tokenizer, tmp_path
+    tokenizer, tmp_path, monkeypatch
 ) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # which is found anew
     turns = TurnJournal(tmp_path / "journal", "x", lambda error: error)
     turns.open(0, ())
     servers = Scripted(tokenizer, lambda read: "yes")
@@ -225,6 +229,7 @@ def test_where_the_process_of_all_agents_is_ended_the_others_begin_again_with_th
     assert [group.samples[0].reward for group in groups[1:]] == [0.5] * 4
     assert "it has ended the process that agents are started from" in groups[0].samples[0].details
     assert len(servers.asked) == 1 + 2 * 4  # nothing was sampled twice
+    assert list((tmp_path / "tmp").iterdir()) == []  # no folder of an agent is left
 
 
 def test_agents_end_with_the_run(tmp_path) -> None:

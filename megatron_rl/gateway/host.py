@@ -1,4 +1,4 @@
-"""Runs agents, each in a process of its own: `python -m megatron_rl.gateway.host`.
+"""Runs agents, each in a process of its own: `python -m megatron_rl.gateway.host FOLDER`, which has their files.
 
 It imports the user's function once and forks for each trajectory, or starts the user's program. An agent has a process
 group, limits of memory and output, and an end: whatever it has started ends with it, also what has left its group,
@@ -79,9 +79,9 @@ class _Agent:
 class Host:
     """Runs agents until stdin ends."""
 
-    def __init__(self, setup: Setup, news: int, function: Callable[..., Any] | None) -> None:
-        """Begin without agents. news: descriptor that takes it."""
-        self._setup, self._news, self._function = setup, news, function
+    def __init__(self, setup: Setup, news: int, function: Callable[..., Any] | None, folder: Path) -> None:
+        """Begin without agents. news: descriptor that takes it. folder: takes the folders of agents."""
+        self._setup, self._news, self._function, self._folder = setup, news, function, folder
         self._agents: dict[str, _Agent] = {}
         self._poll = select.poll()
         self._by_descriptor: dict[int, _Agent] = {}
@@ -126,7 +126,7 @@ class Host:
         return bool(data)
 
     def _start(self, order: Order) -> None:
-        folder = Path(tempfile.mkdtemp(prefix="agent_"))
+        folder = Path(tempfile.mkdtemp(prefix="agent_", dir=self._folder))
         read, write = os.pipe()
         try:
             pid = self._fork(order, folder, write) if self._function else self._spawn(order, folder, write)
@@ -369,7 +369,10 @@ def main() -> None:
         _write(news, line("problem", str(error)))
         return
     _write(news, line("ready", True))
-    Host(setup, news, function).run()
+    try:
+        Host(setup, news, function, Path(sys.argv[1])).run()
+    finally:
+        shutil.rmtree(sys.argv[1], ignore_errors=True)
 
 
 if __name__ == "__main__":
