@@ -191,6 +191,16 @@ async def forges_a_text(task, model):
     os._exit(0)
 
 
+async def forges_a_reason(task, model):
+    Path(os.environ["MEGATRON_RL_RESULT"]).write_text('{"score": 1, "reason": "nice"}')
+    os._exit(0)
+
+
+async def forges_nan(task, model):
+    Path(os.environ["MEGATRON_RL_RESULT"]).write_text('{"score": NaN}')
+    os._exit(0)
+
+
 async def forges_a_key(task, model):
     Path(os.environ["MEGATRON_RL_RESULT"]).write_text('{"scores": 1}')
     os._exit(0)

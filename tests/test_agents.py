@@ -145,16 +145,18 @@ def test_a_program_is_told_by_its_environment_and_writes_its_score(tokenizer, tm
             sys.exit("nothing to be done")
         if task["meta"]["kind"] == "scores":
             json.dump({"score": len(said), "details": said}, open(os.environ["MEGATRON_RL_RESULT"], "w"))
+        if task["meta"]["kind"] == "tells":
+            json.dump({"score": said.endswith("{yes}")}, open(os.environ["MEGATRON_RL_RESULT"], "w"))
         """)
     )
-    questions = [question(number, kind) for number, kind in enumerate(["scores", "plain", "fails"])]
+    questions = [question(number, kind) for number, kind in enumerate(["scores", "plain", "fails", "tells"])]
     command = (sys.executable, str(tmp_path / "agent.py"))
     groups, counts = groups_of(
         tokenizer, tmp_path, questions, say=lambda _: "\\boxed{yes}", agent="", agent_command=command
     )
-    scores, plain, fails = [group.samples[0] for group in groups]
+    scores, plain, fails, tells = [group.samples[0] for group in groups]
     assert (scores.reward, scores.reason, scores.details) == (11.0, "correct", "\\boxed{yes}")
-    assert (plain.reward, plain.reason) == (1.0, "correct")
+    assert (plain.reward, plain.reason) == (tells.reward, tells.reason) == (1.0, "correct")
     assert (fails.reason, fails.response.finish_reason) == ("error", FAILED)
     assert "it ended with code 1; the last it printed: nothing to be done" in fails.details
     logged = (tmp_path / "agent_output.log").read_text()
@@ -179,6 +181,8 @@ FAILURES = {
     "other_key": "no trajectory has this address and this key",
     "forges_its_result": "its result has more than 65536 bytes",
     "forges_a_text": "its result has Expected `float | null`, got `str` - at `$.score`; it must be JSON of a score",
+    "forges_a_reason": "the reason of its Score is 'nice'; it must be one of correct",
+    "forges_nan": "the value of its Score is nan, and must be a finite number",
     "forges_a_key": "its result has the key 'scores'; it must be JSON of a score",
 }
 TOO_LONG = ["hangs", "blocks", "ignores_signals"]

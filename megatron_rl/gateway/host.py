@@ -42,6 +42,7 @@ from megatron_rl.gateway.protocol import (
 from megatron_rl.own_functions import load_function, parameters_of
 from megatron_rl.parsing import parse_json
 from megatron_rl.reward.sandbox_run import resident_bytes
+from megatron_rl.reward.score import Score, verdict_of
 
 log = logging.getLogger(__name__)
 
@@ -254,12 +255,16 @@ class Host:
             told = result if isinstance(result, dict) else {"score": result}
             if unknown := told.keys() - {"score", "reason", "details", "parts", "error"}:
                 raise ValueError(f"the key {min(unknown)!r}")
-            return msgspec.convert({**told, "id": agent.id, "error": told.get("error") or error}, Outcome)
+            if isinstance(told.get("score"), bool):
+                told["score"] = float(told["score"])
+            outcome = msgspec.convert({**told, "id": agent.id, "error": told.get("error") or error}, Outcome)
         except FileNotFoundError:
             return Outcome(id=agent.id, error=error)
         except (OSError, ValueError, msgspec.ValidationError) as problem:
             remedy = "it must be JSON of a score, or of score, reason, details and parts"
             return Outcome(id=agent.id, error=error or f"its result has {problem}; {remedy}")
+        why = _why_no_verdict(outcome, self._setup.passing_score)
+        return Outcome(id=agent.id, error=why) if why else outcome
 
     def _end_orphans(self) -> None:
         """End processes that this one has inherited and that belong to no agent's group any more, unless their agent
@@ -292,6 +297,17 @@ class Host:
 
     def _tell(self, outcome: Outcome) -> None:
         _write(self._news, line("ended", outcome))
+
+
+def _why_no_verdict(outcome: Outcome, passing_score: float) -> str:
+    """Say what is wrong with the score of an agent that has not failed; "" for nothing."""
+    if outcome.score is None or outcome.error:
+        return ""
+    try:
+        verdict_of(Score(outcome.score, outcome.reason, outcome.details, outcome.parts), passing_score)
+    except ValueError as problem:
+        return str(problem)
+    return ""
 
 
 def _leave_host() -> None:
