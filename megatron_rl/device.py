@@ -45,6 +45,7 @@ import torch
 
 from megatron_rl.errors import Fault
 from megatron_rl.gpus import visible_gpus
+from megatron_rl.unloadable import unloadable_counts_as_absent
 from megatron_rl.versions import missing_megatron
 
 log = logging.getLogger(__name__)
@@ -239,7 +240,7 @@ def forget_shared() -> None:
 
 def import_megatron() -> None:
     """Import megatron-core, adapted to this device. Idempotent. ValueError tells how to install it."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), unloadable_counts_as_absent():
         warnings.simplefilter("ignore")  # "Apex is not installed" and the like: the CPU stack is meant to be without
         try:
             if on_cuda():

@@ -242,7 +242,8 @@ def test_streams_are_cumulative_and_end_with_done(server):
 def test_bad_requests_are_refused_with_400(server, body):
     answer = server.post("/generate", **{"input_ids": [5], "sampling_params": {"max_new_tokens": 2}} | body)
     assert answer.status_code == 400
-    assert answer.json()["error"]["message"] if "error" in answer.json() else answer.json()["message"]
+    said = answer.json().get("error", answer.json())
+    assert said if isinstance(said, str) else said["message"]  # SGLang 0.5.22 says some of them as a text
 
 
 def test_bodies_that_are_missing_or_no_json_are_refused_with_400(server):

@@ -1,5 +1,6 @@
 """Tests tools/gpu_trial: wheels travel in pieces, and a part that fails does not stop the others."""
 
+import ast
 import csv
 import importlib.util
 import io
@@ -8,10 +9,12 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import time
 import tomllib
 import zipfile
 from argparse import Namespace
+from importlib.metadata import requires
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -20,6 +23,8 @@ import parallel
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from parallel import run_ranks
 
 from megatron_rl.errors import Fault
@@ -99,6 +104,15 @@ def test_pieces_are_small_and_bring_every_byte_in_whatever_order_they_come(
     assert installed == contents
 
 
+def test_a_piece_and_the_working_tree_travel_together_in_64_mib(tmp_path: Path) -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    with tarfile.open(tmp_path / "tree.tar", "w") as archive:
+        for name in tracked:
+            archive.add(ROOT / name, name)
+    room = wheels.room_beside_the_tree()
+    assert 50e6 < room < 64 * 2**20 - (tmp_path / "tree.tar").stat().st_size
+
+
 def test_wheels_are_installed_with_what_their_pth_files_say(tmp_path: Path) -> None:
     pth = b"import sys, os, first; sys.path.insert(0, os.path.join(first.__path__[0], 'inner'))"
     first = {"first/__init__.py": b"", "first/inner/hidden.py": b"VALUE = 7", "first.pth": pth}
@@ -159,6 +173,21 @@ def test_the_lists_name_one_version_of_each_and_the_projects_own_are_those_that_
         wheels.asked_for("speeed")
 
 
+def test_all_that_the_project_requires_is_carried_or_known_to_be_there() -> None:
+    lists = tomllib.loads((FOLDER / "wheels.toml").read_text())
+    carried = {requirement.partition("==")[0] for requirement in lists["wheels"]["base"]}
+    there, unused = (set(lists["not_carried"][key]) for key in ("there", "unused"))
+    assignments = (node for node in ast.parse((ROOT / "setup.py").read_text()).body if isinstance(node, ast.Assign))
+    (own,) = (ast.literal_eval(node.value) for node in assignments if ast.unparse(node.targets[0]) == "INSTALL")
+    required = set()
+    for text in [*own, *(text for name in carried for text in requires(name) or [])]:
+        requirement = Requirement(text)
+        if requirement.marker is None or requirement.marker.evaluate({"python_version": "3.12", "extra": ""}):
+            required.add(canonicalize_name(requirement.name))
+    assert required - carried == there | unused
+    assert carried <= required
+
+
 def test_wheels_that_cannot_be_had_are_all_named_and_nothing_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,8 +210,8 @@ def test_wheels_that_cannot_be_had_are_all_named_and_nothing_is_replaced(
 # Parts ---------------------------------------------------------------------------------------------------------------
 
 
-def make_trial(seconds: float = 100.0) -> "parts.Trial":
-    return parts.Trial("question", Namespace(dry=True, commit="abc", seconds=seconds, only=[]))
+def make_trial(seconds: float = 100.0, dry: bool = False) -> "parts.Trial":
+    return parts.Trial("question", Namespace(dry=dry, commit="abc", seconds=seconds, only=[]))
 
 
 def test_a_part_that_fails_is_told_and_the_others_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +231,7 @@ def test_a_part_that_fails_is_told_and_the_others_run(tmp_path: Path, monkeypatc
     assert written["parts"]["second"] | {"seconds": 0} == {"failed": "too slow", "found": {"seconds": 3}, "seconds": 0}
     assert written["parts"]["third"]["failed"] == "ZeroDivisionError: division by zero"
     assert written["parts"]["fourth"]["found"] is True
-    assert (written["commit"], written["dry"]) == ("abc", True)
+    assert (written["commit"], written["dry"]) == ("abc", False)
     assert parts.end(trial) == 1
 
 
@@ -218,6 +247,13 @@ def test_parts_for_which_there_is_no_time_or_no_point_are_left_out(monkeypatch: 
     trial.part("after", 20, ran.append)
     assert trial.found["parts"]["after"] == {"left_out": "decisive failed"}
     assert trial.has_failed
+
+
+def test_a_dry_trial_and_its_parts_have_four_times_the_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OUT", raising=False)
+    trial = make_trial(seconds=40, dry=True)
+    assert 150 < trial.seconds_left <= 160
+    assert trial.part("short", 20, lambda seconds: seconds) == 80
 
 
 def time_begins_with(file: Path, monkeypatch: pytest.MonkeyPatch) -> str:

@@ -24,7 +24,12 @@ ARGUMENTS = (
     "--attention-backend triton --sampling-backend pytorch --grammar-backend none --mem-fraction-static 0.3 "
     "--cuda-graph-max-bs-decode 4 --disable-prefill-cuda-graph"
 )
-CHECKS_NO_VERSION = {"SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK": "1"}
+# SGLang 0.5.22 is made for torch 2.14. Under 2.11 its prefix cache, compiled from Rust, ends the server at the first
+# request (seen on a CPU).
+UNDER_ANOTHER_TORCH = {
+    "SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK": "1",
+    "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python",
+}
 CORE = (
     "log_probs_are_those_of_the_model or output_log_probs or one_prompt or streams or an_abort_returns or "
     "weights_from_disk or weights_arrive_in_buckets or memory_is_released or paused_request or information_routes"
@@ -85,7 +90,7 @@ def loop(trial: Trial, folder: Path, transport: str, seconds: float) -> Any:
     settings = run_config(trial, folder, transport)
     config.write_text(tomli_w.dumps(settings), encoding="utf-8")
     name = f"loop_{transport}"
-    code, _ = run(trial, name, [sys.executable, "-m", "megatron_rl.cli", "train", config], seconds, CHECKS_NO_VERSION)
+    code, _ = run(trial, name, [sys.executable, "-m", "megatron_rl.cli", "train", config], seconds, UNDER_ANOTHER_TORCH)
     rows = read_metrics(Path(settings["run_dir"]) / "metrics.jsonl")
     names = ("logprob_difference_mean", "logprob_difference_max", "num_lost_servers", "num_skipped_steps", "grad_norm")
     kept = [{key: value for key, value in row.items() if key in names or key.endswith("_seconds")} for row in rows]
@@ -107,7 +112,7 @@ def replay(trial: Trial, dtype: str, seconds: float) -> Any:
         command += ["--prompts", 4, "--samples", 2, "--new-tokens", 16, "--layers", 2]
     else:
         command += ["--sglang", ARGUMENTS]
-    return run_json(trial, f"replay_{dtype}", command, seconds, CHECKS_NO_VERSION)
+    return run_json(trial, f"replay_{dtype}", command, seconds, UNDER_ANOTHER_TORCH)
 
 
 def push(trial: Trial, folder: Path, seconds: float) -> Any:
@@ -152,7 +157,7 @@ def push(trial: Trial, folder: Path, seconds: float) -> Any:
 
 def main() -> int:
     trial = trial_of("sglang", __doc__ or "")
-    os.environ |= CHECKS_NO_VERSION
+    os.environ |= UNDER_ANOTHER_TORCH
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if trial.is_dry:

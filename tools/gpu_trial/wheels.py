@@ -3,10 +3,10 @@
     python tools/gpu_trial/wheels.py fetch QUESTION     here, with network: .trial/QUESTION/1, 2, ...
     python tools/gpu_trial/wheels.py unpack QUESTION    there, once for every piece that was carried
 
-QUESTION is a name of wheels.toml. Each piece is a folder of less than PIECE_BYTES with a copy of the manifest: names,
-versions and SHA-256 of all wheels, and the piece in which each part of them is. `unpack` keeps what came outside of the
-checkout, so that pieces may come one after the other, and installs once all are there. Nothing but the standard library
-and pip, since it runs before anything is installed.
+QUESTION is a name of wheels.toml. Each piece is a folder that one call carries beside the working tree, with a copy of
+the manifest: names, versions and SHA-256 of all wheels, and the piece in which each part of them is. `unpack` keeps
+what came outside of the checkout, so that pieces may come one after the other, and installs once all are there. Nothing
+but the standard library and pip, since it runs before anything is installed.
 """
 
 import argparse
@@ -33,8 +33,9 @@ from megatron_rl.errors import Fault, exit_code  # noqa: E402
 LISTS = Path(__file__).with_name("wheels.toml")
 # Below the checkout, ignored by git; and where pieces meet on the other machine.
 FETCHED, STORE = ROOT / ".trial", Path("/tmp/gpu_trial")
-# A call carries 64 MiB, the working tree (4 MB) and everything else included.
-PIECE_BYTES = 60_000_000
+# A call carries so many bytes, the working tree included. How a file travels is not known: an archive adds up to so
+# many bytes to each.
+CALL_BYTES, BYTES_OF_A_HEADER, SPARE_BYTES = 64 * 2**20, 1024, 2**20
 MANIFEST = "manifest.json"
 # The other machine's Python and platforms. pip takes platforms by name, not by "this one or older".
 PYTHON = "3.12"
@@ -85,7 +86,18 @@ def asked_for(question: str) -> tuple[list[str], dict[str, list[str]]]:
     return wheels, lists["leave_out"]
 
 
-def fetch(question: str, destination: Path, added: Sequence[Path] = (), piece_bytes: int = PIECE_BYTES) -> list[Wheel]:
+def room_beside_the_tree() -> int:
+    """Return how many bytes of wheels one call carries beside the working tree: what git tracks or does not ignore."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, encoding="utf-8")
+    if done.returncode:
+        raise Fault(f"git does not say what is in the working tree, which travels too: {done.stderr.strip()}")
+    paths = [ROOT / name for name in done.stdout.split("\0") if name]
+    tree = sum(path.lstat().st_size + BYTES_OF_A_HEADER for path in paths if path.exists())
+    return CALL_BYTES - SPARE_BYTES - tree
+
+
+def fetch(question: str, destination: Path, added: Sequence[Path] = ()) -> list[Wheel]:
     """Download the wheels of `question` and lay them, with those `added`, into `destination`/1, 2, ... in place of what
     was there. Fault when some cannot be had, with what pip says of each; then nothing is laid out."""
     requirements, leave_out = asked_for(question)
@@ -108,7 +120,7 @@ def fetch(question: str, destination: Path, added: Sequence[Path] = (), piece_by
             raise Fault("these wheels cannot be had:\n" + "\n".join(missing))
         files += [(path.name, "not from the index", path) for path in added]
         shutil.rmtree(destination, ignore_errors=True)
-        return laid_out(files, destination, piece_bytes)
+        return laid_out(files, destination, room_beside_the_tree())
 
 
 def download(requirement: str, folder: Path) -> str:

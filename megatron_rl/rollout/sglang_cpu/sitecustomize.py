@@ -1,7 +1,8 @@
 """Prepares every Python process of an SGLang server on a CPU, which imports this module before anything else.
 
 torchvision from the package index is built for CUDA. On a CPU build of torch its compiled operators do not load and its
-Python part fails, because it describes two of them. They are declared just before it is imported; nobody calls them.
+Python part fails, because it describes two of them. They are declared just before it is imported; nobody calls them. A
+build of torch for CUDA loads the operators, and the process would end if they were declared twice.
 """
 
 import sys
@@ -16,6 +17,8 @@ class _BeforeTorchvision:
         if name == "torchvision" and self.library is None:
             import torch
 
+            if torch.version.cuda is not None:
+                return
             self.library = torch.library.Library("torchvision", "FRAGMENT")
             for operator in ("nms", "qnms"):
                 self.library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
