@@ -143,6 +143,7 @@ num_lost_teachers | | phase | Number of times that a server of the teacher was m
 
 # Seconds of a step
 rollout_seconds | s | rank 0 | Time of sampling and scoring.
+reward_wait_seconds | s | phase | Part of rollout_seconds: nothing was sampled, and rewards were waited for.
 event_loop_lag_seconds | s | rank 0 | Longest delay of the event loop. Replies of servers had to wait for so long.
 plan_seconds | s | rank 0 | Time of planning the optimizer steps and writing the responses.
 train_seconds | s | rank 0 | Time of the optimizer steps.

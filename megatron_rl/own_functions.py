@@ -14,6 +14,7 @@ import linecache
 import os
 import re
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -27,6 +28,11 @@ _LAST_LINES = 3  # of a traceback, in a message
 _LINE_CHARACTERS = 120
 # A parameter with a default that is as near as this to a name that is known is probably a misspelt one.
 _LIKE = 0.8
+# Where code lies that is not the user's: this package, Python's library, and what pip has installed.
+_NOT_THE_USERS = tuple(
+    f"{folder}{os.sep}"
+    for folder in {str(Path(__file__).parent), *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))}
+)
 
 
 def is_own(name: str) -> bool:
@@ -162,11 +168,16 @@ def parameters_of(function: Callable[..., Any], known: Mapping[str, str], where:
 
 
 def last_lines(error: BaseException, callers: Collection[str] = ()) -> str:
-    """Say for a message what was raised, and the last places of the user's code that it came through. callers: files
-    that are not the user's."""
-    said = f"{type(error).__name__}: {error}".rstrip(": ").splitlines() or [type(error).__name__]
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in (__file__, *callers)]
-    frames = [f for f in frames if not f.filename.startswith("<frozen")]
+    """Say for a message what was raised, and the last places of the user's code that it came through. Of a group of
+    exceptions it says the first one too. Where no place is the user's, those of libraries are said. callers: files that
+    are not the user's."""
+    chain = [error]
+    while isinstance(chain[-1], BaseExceptionGroup):
+        chain.append(chain[-1].exceptions[0])
+    said = ": ".join(f"{type(one).__name__}: {one}".rstrip(": ") for one in chain).splitlines()
+    frames = [frame for one in chain for frame in traceback.extract_tb(one.__traceback__)]
+    frames = [f for f in frames if f.filename not in (__file__, *callers) and not f.filename.startswith("<frozen")]
+    frames = [f for f in frames if not f.filename.startswith(_NOT_THE_USERS)] or frames
     places = [
         f"{Path(f.filename).name} line {f.lineno} in {f.name}: {_line(f.filename, f.lineno)}"
         for f in reversed(frames[-_LAST_LINES:])

@@ -42,6 +42,11 @@ async def raises(task, model):
     raise RuntimeError("oh no")
 
 
+async def raises_together(task, model):
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(raises(task, model))
+
+
 async def exits(task, model):
     await model.chat(task.messages)
     sys.exit(3)
@@ -58,6 +63,11 @@ async def crashes(task, model):
 
 async def hangs(task, model):
     await model.chat(task.messages)
+    await asyncio.sleep(10**6)
+
+
+async def talks_and_hangs(task, model):
+    print("I wait for the weather", flush=True)
     await asyncio.sleep(10**6)
 
 
@@ -178,6 +188,16 @@ async def forges_its_result(task, model):
 
 async def forges_a_text(task, model):
     Path(os.environ["MEGATRON_RL_RESULT"]).write_text('{"score": "abc"}')
+    os._exit(0)
+
+
+async def forges_a_reason(task, model):
+    Path(os.environ["MEGATRON_RL_RESULT"]).write_text('{"score": 1, "reason": "nice"}')
+    os._exit(0)
+
+
+async def forges_nan(task, model):
+    Path(os.environ["MEGATRON_RL_RESULT"]).write_text('{"score": NaN}')
     os._exit(0)
 
 

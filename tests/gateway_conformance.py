@@ -250,7 +250,23 @@ REFUSED = {
     "no list": ({"messages": "hi"}, "messages must be a list of messages"),
     "no role": ({"messages": [{"content": "hi"}]}, r"messages\[0\] must be an object with a role out of"),
     "another role": ({"messages": [{"role": "robot", "content": "hi"}]}, "role out of developer, system"),
-    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "content must"),
+    "an image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        r"messages\[0\].content must be text, and has a part of type 'image_url' \(not supported\)",
+    ),
+    "a number": (
+        {"messages": [{"role": "user", "content": 5}]},
+        r"messages\[0\].content must be a text or a list of parts of type 'text', got 5",
+    ),
+    "a tool that is no list": ({"extra_body": {"tools": "add"}}, r"tools must be a list of .*, got 'add'"),
+    "a custom tool": (
+        {"tools": [{"type": "custom", "custom": {"name": "a"}}]},
+        r"tools\[0\] must be .*, got {'custom'",
+    ),
+    "a tool without a function": (
+        {"tools": [TOOL, {"type": "function", "function": "add"}], "tool_choice": "required"},
+        r"tools\[1\] must be \{\"type\": \"function\"",
+    ),
     "nothing to answer": (
         {"messages": [*ASK, {"role": "assistant", "content": "me"}]},
         "last message is the assistant",

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -144,19 +145,22 @@ def test_a_program_is_told_by_its_environment_and_writes_its_score(tokenizer, tm
             sys.exit("nothing to be done")
         if task["meta"]["kind"] == "scores":
             json.dump({"score": len(said), "details": said}, open(os.environ["MEGATRON_RL_RESULT"], "w"))
+        if task["meta"]["kind"] == "tells":
+            json.dump({"score": said.endswith("{yes}")}, open(os.environ["MEGATRON_RL_RESULT"], "w"))
         """)
     )
-    questions = [question(number, kind) for number, kind in enumerate(["scores", "plain", "fails"])]
+    questions = [question(number, kind) for number, kind in enumerate(["scores", "plain", "fails", "tells"])]
     command = (sys.executable, str(tmp_path / "agent.py"))
     groups, counts = groups_of(
         tokenizer, tmp_path, questions, say=lambda _: "\\boxed{yes}", agent="", agent_command=command
     )
-    scores, plain, fails = [group.samples[0] for group in groups]
+    scores, plain, fails, tells = [group.samples[0] for group in groups]
     assert (scores.reward, scores.reason, scores.details) == (11.0, "correct", "\\boxed{yes}")
-    assert (plain.reward, plain.reason) == (1.0, "correct")
+    assert (plain.reward, plain.reason) == (tells.reward, tells.reason) == (1.0, "correct")
     assert (fails.reason, fails.response.finish_reason) == ("error", FAILED)
     assert "it ended with code 1; the last it printed: nothing to be done" in fails.details
-    assert "nothing to be done" in (tmp_path / "agent_output.log").read_text()
+    logged = (tmp_path / "agent_output.log").read_text()
+    assert "of the row 2: it ended with code 1; the last it printed: nothing to be done\nnoise\n" in logged
     assert counts["num_failed_agents"] == 1
 
 
@@ -164,6 +168,7 @@ def test_a_program_is_told_by_its_environment_and_writes_its_score(tokenizer, tm
 
 FAILURES = {
     "raises": "RuntimeError: oh no < agents_that_fail.py line",
+    "raises_together": "(1 sub-exception): RuntimeError: oh no < agents_that_fail.py line",
     "exits": "SystemExit: 3",
     "dies": "it ended with code 7",
     "crashes": "it ended with signal 11",
@@ -172,10 +177,12 @@ FAILURES = {
     "returns_text": "it returned 'good', a str, and must be a number",
     "returns_nan": "must be a finite number",
     "returns_itself": "and must be a number, a bool or a Score",
-    "asks_nonsense": "messages must be a list of messages, not empty",
+    "asks_nonsense": "messages must be a list of messages, not empty, got [] < agents_that_fail.py line",
     "other_key": "no trajectory has this address and this key",
     "forges_its_result": "its result has more than 65536 bytes",
     "forges_a_text": "its result has Expected `float | null`, got `str` - at `$.score`; it must be JSON of a score",
+    "forges_a_reason": "the reason of its Score is 'nice'; it must be one of correct",
+    "forges_nan": "the value of its Score is nan, and must be a finite number",
     "forges_a_key": "its result has the key 'scores'; it must be JSON of a score",
 }
 TOO_LONG = ["hangs", "blocks", "ignores_signals"]
@@ -213,8 +220,11 @@ def test_thirty_bad_agents_cost_their_own_trajectories_alone_and_leave_nothing(t
 
 
 def test_where_the_process_of_all_agents_is_ended_the_others_begin_again_with_the_same_answers(
-    tokenizer, tmp_path
+    tokenizer, tmp_path, monkeypatch
 ) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # which is found anew
     turns = TurnJournal(tmp_path / "journal", "x", lambda error: error)
     turns.open(0, ())
     servers = Scripted(tokenizer, lambda read: "yes")
@@ -223,6 +233,7 @@ def test_where_the_process_of_all_agents_is_ended_the_others_begin_again_with_th
     assert [group.samples[0].reward for group in groups[1:]] == [0.5] * 4
     assert "it has ended the process that agents are started from" in groups[0].samples[0].details
     assert len(servers.asked) == 1 + 2 * 4  # nothing was sampled twice
+    assert list((tmp_path / "tmp").iterdir()) == []  # no folder of an agent is left
 
 
 def test_agents_end_with_the_run(tmp_path) -> None:
@@ -248,6 +259,7 @@ def test_agents_end_with_the_run(tmp_path) -> None:
         await agents._process.wait()
         running.cancel()
         await until(lambda: not any(map(is_running, pids)), f"the processes {pids} have ended")
+        assert (tmp_path / "out").read_text() == ""  # it has done nothing wrong
 
     before = {process.pid for process in left_over()}
     asyncio.run(begin())
@@ -378,11 +390,24 @@ def test_at_the_end_of_a_phase_agents_wait_and_their_turns_go_on_under_the_next_
             assert tokenizer.decode(segment.output_ids[: segment.turns[0, 1]].tolist()) == f"yes yes yes{END}"
 
 
-def test_one_that_hangs_blocks_or_ignores_signals_ends_with_its_time(tokenizer, tmp_path) -> None:
+def test_one_that_hangs_blocks_or_ignores_signals_ends_with_its_time_and_is_told_of(
+    tokenizer, tmp_path, caplog
+) -> None:
     before = {process.pid for process in left_over()}
-    questions = [question(number, kind) for number, kind in enumerate(TOO_LONG)]
+    kinds = [*TOO_LONG, "talks_and_hangs"]
+    questions = [question(number, kind) for number, kind in enumerate(kinds)]
     groups, counts = groups_of(tokenizer, tmp_path, questions, agent_seconds=2.0)
+    why = "not done after 2 s (rollout.agent_seconds)"
+    logged = (tmp_path / "agent_output.log").read_text()
+    assert {line.partition(" of ")[2] for line in logged.splitlines() if line.startswith("---")} == {
+        f"the row {number}: {why}" for number in range(len(kinds))
+    }
+    assert "I wait for the weather" in logged  # what it printed last says where it hangs
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == 3  # the others are counted
+    assert all(f"failed: {why}; {tmp_path / 'agent_output.log'} has more" in message for message in told)
+    assert told[2].endswith("; further ones are only counted")
     for group in groups:
         assert (group.samples[0].reason, group.samples[0].response.finish_reason) == ("timeout", "seconds")
-    assert counts["num_failed_agents"] == len(TOO_LONG)
+    assert counts["num_failed_agents"] == len(kinds)
     wait_until(lambda: {process.pid for process in left_over()} <= before, "no process is left")

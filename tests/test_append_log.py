@@ -5,6 +5,7 @@ import errno
 import gc
 import json
 import os
+import re
 import threading
 import time
 import weakref
@@ -168,7 +169,26 @@ def test_memory_is_that_of_the_groups_under_way_and_lines_are_made_off_the_loop(
 async def finished(count: int, seconds: float = 0.0, first: int = 0) -> AsyncIterator[Finished]:
     for index in range(first, first + count):
         await asyncio.sleep(seconds)
-        yield Finished(lines=f'{{"position": {index}}}\n' * 2, num_tokens=3, reward=1.0)
+        yield Finished(lines=f'{{"position": {index}}}\n' * 2, num_tokens=3, reward=1.0, error_share=0.0)
+
+
+@pytest.mark.parametrize(
+    ("shares", "told"),
+    [
+        ([0.0, 0.0], r"2 of 2 prompts, mean reward 0\.500, \d+ tokens/s"),
+        ([0.25, 0.75], r"2 of 2 prompts, mean reward 0\.500, errors 50%, \d+ tokens/s"),
+    ],
+)
+def test_the_progress_says_how_many_responses_could_not_be_judged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, shares: list[float], told: str
+) -> None:
+    async def groups() -> AsyncIterator[Finished]:
+        for share in shares:
+            yield Finished(lines="{}\n", num_tokens=15, reward=0.5, error_share=share)
+
+    caplog.set_level("INFO")
+    asyncio.run(write_groups(tmp_path / "rows", groups(), 2, "prompts"))
+    assert re.search(told, caplog.text)
 
 
 @pytest.fixture

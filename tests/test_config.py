@@ -144,6 +144,9 @@ def test_a_misspelt_required_key_is_told_alone(tmp_path: Path, name: str, misspe
         ("rollout.temperature=1e-7", r"temperature 1e-07 is too near to 0 .* set 0, which is greedy"),
         ("rollout.temperature=-1", r"rollout.temperature: .*greater than or equal to 0, got -1"),
         ("train.steps=0", r"train.steps: .*greater than 0, got 0"),
+        ("rollout.agent_command=python agent.py", r"agent_command: must be a list, in brackets, got 'python agent.py'"),
+        ("reward.domains=math", r"reward.domains: must be a table, got 'math'"),
+        ("train=5", r"train: must be a table, got 5"),
         ("algorithm.name=ppo", r"algorithm.name: .*'c3po', 'grpo', .* or 'reinforce_pp', got 'ppo'"),
         (
             "reward.overlong_buffer_tokens=65",

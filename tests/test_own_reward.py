@@ -33,7 +33,7 @@ LIMIT = 256 * 1024**2
 
 # One file, so that one pool of workers shows most of it: what a response says is what the function does with it.
 OBEDIENT = """
-import asyncio, os, sys, threading, time
+import asyncio, json, os, sys, threading, time
 from megatron_rl.reward import Score
 
 shared = {"calls": 0}
@@ -51,6 +51,10 @@ def obey(response, answer, prompt, messages, meta, domain, id, finish_reason, re
             return Score(-2.5, details="|".join(map(str, told)))
         case "raise":
             return meta["no such column"]
+        case "library":
+            return json.loads('{"score": ')
+        case "group":
+            return several()
         case "none":
             return None
         case "string":
@@ -107,6 +111,13 @@ def obey(response, answer, prompt, messages, meta, domain, id, finish_reason, re
 async def later(value):
     await asyncio.sleep(0)
     return value
+
+async def several():
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(one_of_them())
+
+async def one_of_them():
+    raise ConnectionError("the judge is away")
 
 async def patient(response):
     if response == "hang":
@@ -195,6 +206,9 @@ def test_a_number_a_bool_and_a_coroutine_are_scores(judged: Any) -> None:
     ("text", "told"),
     [
         ("raise", r"KeyError: 'no such column' < rewards.py line \d+ in obey: return meta\[\"no such column\"\]"),
+        # The place is the user's, not the library's that raised.
+        ("library", r"JSONDecodeError: [^<]* < rewards.py line \d+ in obey: return json.loads\('\{\"score\": '\)$"),
+        ("group", r"\(1 sub-exception\): ConnectionError: the judge is away < rewards.py line \d+ in one_of_them"),
         ("none", "it returned None; every way through it must end in `return`"),
         ("string", "it returned '0.5', a str, and must be a number"),
         ("nan", "it returned nan, and must be a finite number"),

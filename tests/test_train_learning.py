@@ -101,7 +101,25 @@ def test_responses_that_cannot_be_judged_are_told() -> None:
     found = told(4, reward_error_share=0.125)
     assert [len(messages) for messages in found] == [0, 0, 1, 0]
     assert "12% of the responses could not be judged" in found[2][0]
+    assert "reward_output.log" in found[2][0]
+    of_agents = {"uniform_group_share": 1.0, "correct_share": 0.0, "reward_error_share": 0.9, "num_failed_agents": 5}
+    *_, (uniform, errors) = told(3, **of_agents)
+    assert "many agents failed (agent_output.log says how) or were not done in time (rollout.agent_seconds)" in uniform
+    assert "agent_output.log has what the agents printed" in errors
     assert told(9, reward_error_share=0.01) == [[]] * 9
+
+
+def test_a_step_that_waits_for_rewards_is_told_without_responses_as_examples(caplog: Any) -> None:
+    found = told(4, step_seconds=100.0, reward_wait_seconds=51.0)
+    assert [len(messages) for messages in found] == [0, 0, 1, 0]
+    assert "51 s of 100 s went by with nothing to do but to wait for rewards" in found[2][0]
+    assert "Raise reward.workers" in found[2][0]
+    assert told(9, step_seconds=100.0, reward_wait_seconds=49.0) == [[]] * 9
+    assert told(9, step_seconds=9.5, reward_wait_seconds=9.0) == [[]] * 9  # steps of a few seconds are no matter
+    alarms = alarms_after([HEALTHY | {"step_seconds": 100.0, "reward_wait_seconds": 51.0}] * 2)
+    alarms.report(HEALTHY | {"step": 2, "step_seconds": 100.0, "reward_wait_seconds": 51.0}, ["a response"])
+    assert "wait for rewards" in caplog.text
+    assert "a response" not in caplog.text
 
 
 def test_a_run_without_any_answer_is_told_of_both() -> None:

@@ -1,6 +1,7 @@
 """Tests the outcome of every sample of a rollout phase, and the metrics of the phase."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -129,6 +130,32 @@ def phase_with_reasons(reasons: list[str]) -> Phase:
     samples = tuple(replace(s, reason=reason) for s, reason in zip(judged.samples, reasons, strict=True))
     phase.collected.filtered.append(replace(judged, samples=samples))
     return phase
+
+
+@pytest.mark.parametrize(
+    ("finish_reason", "reason", "remedy"),
+    [
+        ("seconds", "timeout", "Raise rollout.agent_seconds, or let the agent do less; agent_output.log has"),
+        ("failed", "error", "Mend the agent; agent_output.log has"),
+        ("stop", "timeout", "Raise reward.timeout_seconds"),  # of the reward, which judges what an agent has said
+    ],
+)
+def test_the_remedy_is_for_what_most_of_the_failed_suffer_from(finish_reason: str, reason: str, remedy: str) -> None:
+    phase = phase_with_reasons([])
+    judged = group(5, [3] * 92, [0.0] * 92)
+    ways = [("stop", "error", "rare")] * 4 + [(finish_reason, reason, "first")] * 20 + [("stop", "error", "other")] * 5
+    ways += [("stop", "wrong", "")] * 63
+    samples = tuple(
+        replace(sample, response=replace(sample.response, finish_reason=finish), reason=why, details=details)
+        for sample, (finish, why, details) in zip(judged.samples, ways, strict=True)
+    )
+    phase.collected.filtered.append(replace(judged, samples=samples))
+    with pytest.raises(Fault) as caught:
+        phase.check_rewards(0.2, prompt_of, lambda ids: "the end")
+    message = str(caught.value)
+    assert remedy in message
+    # Each example says something else, and what most of them say comes first.
+    assert re.findall(r"prompt-5 \((\w+)\)", message) == ["first", "other", "rare"]
 
 
 def test_many_responses_without_a_verdict_stop_the_run_and_few_do_not() -> None:

@@ -125,13 +125,22 @@ def _explained(kind: type[BaseModel], problems: Sequence[Any]) -> list[str]:
     return lines
 
 
+# What TOML calls a kind of value that pydantic has another name for.
+_IN_TOML = {
+    "tuple_type": "must be a list, in brackets",
+    "list_type": "must be a list, in brackets",
+    "dict_type": "must be a table",
+    "model_type": "must be a table",
+}
+
+
 def _explain(kind: type[BaseModel], problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return f"unknown key {where}; {_meant(where, problem['input'], [key.path for key in keys_of(kind)])}"
     if problem["type"] == "missing":
         return f"{where} is required"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = _IN_TOML.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
     return f"{where}: {message}, got {shown(problem['input'])}" if where else message
 
 

@@ -6,14 +6,16 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import msgspec
 
-from megatron_rl.gateway.protocol import Order, Outcome, Setup, line
+from megatron_rl.gateway.protocol import End, Order, Outcome, Setup, line
 from megatron_rl.proxies import without_proxy
 from megatron_rl.rollout.server import inherited_environment
 
@@ -43,6 +45,7 @@ class Agents:
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
         self._process: asyncio.subprocess.Process | None = None
+        self._folder = ""  # of its files; the process removes it, unless it is killed
         self._reader: asyncio.Task[None] | None = None
         self._running: dict[str, _Running] = {}
         self._starting = asyncio.Lock()
@@ -54,8 +57,9 @@ class Agents:
                 return
             environment = inherited_environment()
             Path(self._setup.output).parent.mkdir(parents=True, exist_ok=True)
+            self._folder = tempfile.mkdtemp(prefix="agents_")
             self._process = process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "megatron_rl.gateway.host"),
+                *(sys.executable, "-m", "megatron_rl.gateway.host", self._folder),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 env=environment | without_proxy(environment, "127.0.0.1") | dict.fromkeys(_THREADS, "1"),
@@ -76,29 +80,34 @@ class Agents:
             if problem := json.loads(news).get("problem"):
                 await self._end_process()
                 raise ValueError(problem)
-            self._reader = asyncio.create_task(self._read(process))
+            self._reader = asyncio.create_task(self._read(process, self._folder))
 
     async def run(self, order: Order) -> Outcome:
-        """Run one agent to its end. Cancelling it ends the agent. Raise Lost where its process was lost meanwhile."""
+        """Run one agent to its end. Cancelling it ends the agent; the message of `cancel` says what it did wrong. Raise
+        Lost where its process was lost meanwhile."""
         await self.start()
         assert self._process is not None and self._process.stdin is not None
         process, stdin = self._process, self._process.stdin
         ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._running[order.id] = _Running(process, ended)
+        why = ""
         try:
             with contextlib.suppress(ConnectionError):  # the reader tells of it
                 stdin.write(line("start", order))
                 await stdin.drain()
             return await ended
+        except asyncio.CancelledError as error:
+            why = str(error)
+            raise
         finally:
             del self._running[order.id]
             if not ended.done() or ended.cancelled():
-                self.end(order.id)
+                self.end(End(id=order.id, why=why))
 
-    def end(self, name: str) -> None:
+    def end(self, end: End) -> None:
         """End an agent and what it has started now. `run` returns when it has."""
         if self._process is not None and self._process.stdin is not None and self._process.returncode is None:
-            self._process.stdin.write(line("end", name))
+            self._process.stdin.write(line("end", end))
 
     async def close(self) -> None:
         await self._end_process()
@@ -117,8 +126,9 @@ class Agents:
         except TimeoutError:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
-    async def _read(self, process: asyncio.subprocess.Process) -> None:
+    async def _read(self, process: asyncio.subprocess.Process, folder: str) -> None:
         assert process.stdout is not None
         pids: dict[str, int] = {}
         while news := await process.stdout.readline():
@@ -136,6 +146,7 @@ class Agents:
         for pid in pids.values():  # the agents have ended with it, what they have started has not
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
         for running in self._running.values():
             if running.process is process and not running.ended.done():
                 running.ended.set_exception(Lost())

@@ -1,4 +1,4 @@
-"""Runs agents, each in a process of its own: `python -m megatron_rl.gateway.host`.
+"""Runs agents, each in a process of its own: `python -m megatron_rl.gateway.host FOLDER`, which has their files.
 
 It imports the user's function once and forks for each trajectory, or starts the user's program. An agent has a process
 group, limits of memory and output, and an end: whatever it has started ends with it, also what has left its group,
@@ -33,6 +33,7 @@ from megatron_rl.gateway.protocol import (
     RESULT_FILE,
     TASK_FILE,
     TRAJECTORY,
+    End,
     Order,
     Outcome,
     Setup,
@@ -41,6 +42,7 @@ from megatron_rl.gateway.protocol import (
 from megatron_rl.own_functions import load_function, parameters_of
 from megatron_rl.parsing import parse_json
 from megatron_rl.reward.sandbox_run import resident_bytes
+from megatron_rl.reward.score import Score, verdict_of
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +62,11 @@ PARAMETERS = {
 
 @dataclass(slots=True, eq=False)
 class _Agent:
-    """Holds a running agent. output: where what it prints comes. folder: its own, for files that come and go."""
+    """Holds a running agent. row: the id of the row that it does. output: where what it prints comes. folder: its own,
+    for files that come and go. is_needed: until the run ends it for no fault of its own."""
 
     id: str
+    row: str
     pid: int
     pidfd: int
     output: int
@@ -70,14 +74,15 @@ class _Agent:
     tail: bytearray = field(default_factory=bytearray)
     num_output_bytes: int = 0
     error: str = ""
+    is_needed: bool = True
 
 
 class Host:
     """Runs agents until stdin ends."""
 
-    def __init__(self, setup: Setup, news: int, function: Callable[..., Any] | None) -> None:
-        """Begin without agents. news: descriptor that takes it."""
-        self._setup, self._news, self._function = setup, news, function
+    def __init__(self, setup: Setup, news: int, function: Callable[..., Any] | None, folder: Path) -> None:
+        """Begin without agents. news: descriptor that takes it. folder: takes the folders of agents."""
+        self._setup, self._news, self._function, self._folder = setup, news, function, folder
         self._agents: dict[str, _Agent] = {}
         self._poll = select.poll()
         self._by_descriptor: dict[int, _Agent] = {}
@@ -102,6 +107,7 @@ class Host:
                     self._look()
         finally:
             for agent in list(self._agents.values()):
+                agent.is_needed = False
                 self._end(agent)
             self._end_orphans()
 
@@ -113,12 +119,15 @@ class Host:
             order = json.loads(one)
             if "start" in order:
                 self._start(Order(**order["start"]))
-            elif agent := self._agents.get(order["end"]):
+                continue
+            end = End(**order["end"])
+            if agent := self._agents.get(end.id):
+                agent.error, agent.is_needed = agent.error or end.why, bool(end.why)
                 self._end(agent)
         return bool(data)
 
     def _start(self, order: Order) -> None:
-        folder = Path(tempfile.mkdtemp(prefix="agent_"))
+        folder = Path(tempfile.mkdtemp(prefix="agent_", dir=self._folder))
         read, write = os.pipe()
         try:
             pid = self._fork(order, folder, write) if self._function else self._spawn(order, folder, write)
@@ -129,7 +138,7 @@ class Host:
             return
         finally:
             os.close(write)
-        agent = _Agent(order.id, pid, os.pidfd_open(pid), read, folder)
+        agent = _Agent(order.id, str(order.task["id"]), pid, os.pidfd_open(pid), read, folder)
         _write(self._news, line("started", {"id": order.id, "pid": pid}))
         os.set_blocking(read, False)
         self._agents[order.id] = agent
@@ -227,7 +236,7 @@ class Host:
         self._end_orphans()
         outcome = self._outcome(agent, os.waitstatus_to_exitcode(status))
         shutil.rmtree(agent.folder, ignore_errors=True)
-        if outcome.error:
+        if outcome.error and agent.is_needed:
             self._keep_output(agent, outcome.error)
         self._tell(outcome)
 
@@ -246,12 +255,16 @@ class Host:
             told = result if isinstance(result, dict) else {"score": result}
             if unknown := told.keys() - {"score", "reason", "details", "parts", "error"}:
                 raise ValueError(f"the key {min(unknown)!r}")
-            return msgspec.convert({**told, "id": agent.id, "error": told.get("error") or error}, Outcome)
+            if isinstance(told.get("score"), bool):
+                told["score"] = float(told["score"])
+            outcome = msgspec.convert({**told, "id": agent.id, "error": told.get("error") or error}, Outcome)
         except FileNotFoundError:
             return Outcome(id=agent.id, error=error)
         except (OSError, ValueError, msgspec.ValidationError) as problem:
             remedy = "it must be JSON of a score, or of score, reason, details and parts"
             return Outcome(id=agent.id, error=error or f"its result has {problem}; {remedy}")
+        why = _why_no_verdict(outcome, self._setup.passing_score)
+        return Outcome(id=agent.id, error=why) if why else outcome
 
     def _end_orphans(self) -> None:
         """End processes that this one has inherited and that belong to no agent's group any more, unless their agent
@@ -279,10 +292,22 @@ class Host:
         with contextlib.suppress(OSError), open(self._setup.output, "ab") as file:
             if file.tell() > _MAX_LOG_BYTES:
                 file.truncate(0)
-            file.write(f"--- {agent.id}: {error}\n".encode() + bytes(agent.tail).rstrip() + b"\n")
+            said = f"--- {agent.id} of the row {agent.row}: {error}\n".encode(errors="replace")
+            file.write(said + bytes(agent.tail).rstrip() + b"\n")
 
     def _tell(self, outcome: Outcome) -> None:
         _write(self._news, line("ended", outcome))
+
+
+def _why_no_verdict(outcome: Outcome, passing_score: float) -> str:
+    """Say what is wrong with the score of an agent that has not failed; "" for nothing."""
+    if outcome.score is None or outcome.error:
+        return ""
+    try:
+        verdict_of(Score(outcome.score, outcome.reason, outcome.details, outcome.parts), passing_score)
+    except ValueError as problem:
+        return str(problem)
+    return ""
 
 
 def _leave_host() -> None:
@@ -360,7 +385,10 @@ def main() -> None:
         _write(news, line("problem", str(error)))
         return
     _write(news, line("ready", True))
-    Host(setup, news, function).run()
+    try:
+        Host(setup, news, function, Path(sys.argv[1])).run()
+    finally:
+        shutil.rmtree(sys.argv[1], ignore_errors=True)
 
 
 if __name__ == "__main__":

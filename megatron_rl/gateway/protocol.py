@@ -1,6 +1,6 @@
 """Defines what the run and the process of its agents say to each other: JSON, a line each.
 
-Orders: {"start": Order}, {"end": id}. News: {"ready": true} or {"problem": text}, then {"started": {"id", "pid"}} and
+Orders: {"start": Order}, {"end": End}. News: {"ready": true} or {"problem": text}, then {"started": {"id", "pid"}} and
 {"ended": Outcome}.
 """
 
@@ -36,6 +36,14 @@ class Order:
     base_url: str
     api_key: str
     task: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """Describes an agent to end now. why: what it did wrong; "" where it is only needed no more."""
+
+    id: str
+    why: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

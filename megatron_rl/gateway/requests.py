@@ -33,6 +33,7 @@ _OFF: dict[str, tuple[Any, ...]] = {
 _SHARED = {*_IGNORED, *OF_THE_RUN, *_OFF, "max_tokens", "stop", "seed", "stream", "logprobs"}
 _CHAT = _SHARED | {"messages", "tools", "tool_choice", "max_completion_tokens"}
 _TEXT = _SHARED | {"prompt"}
+_TOOL = '{"type": "function", "function": {"name": ..., "parameters": ...}}'
 _ROLES = {"developer": "system", "system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 
@@ -71,13 +72,7 @@ class TextRequest:
 def parse_chat(body: dict[str, Any]) -> ChatRequest:
     """Read the body of /v1/chat/completions. Raise RequestError, which names what is wrong."""
     _refuse_unknown(body, _CHAT)
-    try:
-        tools = tools_of(body.get("tools"))
-        tools.encode()
-    except Wrong as error:
-        raise RequestError(str(error)) from None
-    except UnicodeEncodeError:
-        raise RequestError("tools must be Unicode text, got half of a surrogate pair") from None
+    tools = _tools(body.get("tools"))
     shows_tools, tool = _tool_choice(body.get("tool_choice"), tools)
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
@@ -125,6 +120,22 @@ def asks_for_other_sampling(body: Mapping[str, Any], temperature: float, top_p: 
         (f"{name} {cut(body[name])}" for name in OF_THE_RUN if body.get(name) not in (None, of_run[name])),
         "",
     )
+
+
+def _tools(value: Any) -> str:
+    """Return JSON of the tools; "" for none."""
+    if value is not None and not isinstance(value, list):
+        raise RequestError(f"tools must be a list of {_TOOL}, got {cut(value)}")
+    for index, tool in enumerate(value or ()):
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RequestError(f"tools[{index}] must be {_TOOL}, got {cut(tool)}")
+    tools = tools_of(value)
+    try:
+        tools.encode()
+    except UnicodeEncodeError:
+        raise RequestError("tools must be Unicode text, got half of a surrogate pair") from None
+    return tools
 
 
 def _tool_choice(value: Any, tools: str) -> tuple[bool, str | None]:
@@ -203,6 +214,12 @@ def _message(value: Any, name: str) -> Message:
 
 def _text(value: Any, name: str) -> str:
     """Read a text, or the texts of a list of parts."""
-    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
+    if isinstance(value, list):
+        for part in value:
+            if not isinstance(part, dict) or part.get("type") != "text":
+                kind = part.get("type") if isinstance(part, dict) else part
+                raise RequestError(f"{name} must be text, and has a part of type {cut(kind)} (not supported)")
         value = "".join(str(part.get("text") or "") for part in value)
+    if not isinstance(value, str):
+        raise RequestError(f"{name} must be a text or a list of parts of type 'text', got {cut(value)}")
     return "" if value == "" else string(name, value, MAX_TEXT)

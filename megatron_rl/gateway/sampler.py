@@ -215,7 +215,7 @@ class AgentSampler(Sampler):
                 left = run.began + self._rollout.agent_seconds - self._policy.clock.seconds
                 if left <= 0:
                     run.trajectory.end(SECONDS, "its time is over (rollout.agent_seconds)")
-                    run.task.cancel()
+                    run.task.cancel(self._too_long)
                 await asyncio.wait(
                     {run.task, closed, failed}, timeout=max(left, 1.0), return_when=asyncio.FIRST_COMPLETED
                 )
@@ -277,7 +277,7 @@ class AgentSampler(Sampler):
     def _finished(self, run: _Run, question: Question) -> Response:
         trajectory = run.trajectory
         if run.task.cancelled():
-            outcome = Outcome(id="", error=f"not done after {self._rollout.agent_seconds:g} s (rollout.agent_seconds)")
+            outcome = Outcome(id="", error=self._too_long)
         else:
             outcome = run.task.result()
         is_failure = bool(outcome.error) and not trajectory.ended
@@ -286,10 +286,11 @@ class AgentSampler(Sampler):
         self.counts["ended_by_limit"] += bool(trajectory.ended)
         self.counts["new_segments"] += max(0, trajectory.recording.num_segments - 1)
         self.counts += +trajectory.counts
-        if is_failure and self._num_failed < _TOLD:
+        if outcome.error and reason in (FAILED, SECONDS) and self._num_failed < _TOLD:
             self._num_failed += 1
             where = question.prompt.where or question.prompt.id
-            log.warning("the agent of the row %s failed: %s; %s has more", where, outcome.error, self._output)
+            rest = "; further ones are only counted" if self._num_failed == _TOLD else ""
+            log.warning("the agent of the row %s failed: %s; %s has more%s", where, outcome.error, self._output, rest)
         self._outcomes[run.key] = (reason, outcome)
         if self._turns is not None:
             self._turns.keep_outcome(run.key, outcome)
@@ -305,6 +306,10 @@ class AgentSampler(Sampler):
         """Return the counts of agents since the last call, by the name of their metric."""
         counts, self.counts = self.counts, Counter()
         return {f"num_{name}": counts[name] for name in COUNTED}
+
+    @property
+    def _too_long(self) -> str:
+        return f"not done after {self._rollout.agent_seconds:g} s (rollout.agent_seconds)"
 
     @property
     def _output(self) -> Path:

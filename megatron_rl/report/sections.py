@@ -313,7 +313,13 @@ SECTIONS = (
                 },
                 note="What runs beside something else counts where it had to be waited for.",
             ),
-            Plot(title="Seconds per step", unit="seconds", kind="zero", curves={"step": "step_seconds"}),
+            Plot(
+                title="Seconds per step",
+                unit="seconds",
+                kind="zero",
+                curves={"step": "step_seconds", "only rewards": "reward_wait_seconds"},
+                note="Only rewards: the part in which nothing was sampled, and rewards were waited for.",
+            ),
             Plot(
                 title="Throughput",
                 unit="tokens per second",

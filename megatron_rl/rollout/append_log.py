@@ -18,6 +18,7 @@ from megatron_rl.errors import Fault, Stopped
 from megatron_rl.files import naming
 from megatron_rl.parsing import bounded_lines, parse_json
 from megatron_rl.records import Group
+from megatron_rl.reward.verdict import GAVE_UP
 from megatron_rl.rollout.sampler import Question, Sampler
 
 log = logging.getLogger(__name__)
@@ -46,11 +47,13 @@ def told_of_resume(where: Path, files: Sequence[Path]) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """Holds a complete group. lines: its rows. num_tokens: generated for it. reward: the mean of its responses."""
+    """Holds a complete group. lines: its rows. num_tokens: generated for it. reward: the mean of its responses.
+    error_share: of those that could not be judged."""
 
     lines: str
     num_tokens: int
     reward: float
+    error_share: float
 
 
 class _Appending:
@@ -106,21 +109,23 @@ async def write_groups(path: Path, groups: AsyncGenerator[Finished, None], num_g
     """
     started = told = time.perf_counter()
     num_done = num_tokens = 0
-    reward = 0.0
+    reward = errors = 0.0
     async with _appending(path) as appending, aclosing(groups):
         async for group in groups:
             await appending.append(group.lines)
             num_done += 1
             num_tokens += group.num_tokens
             reward += group.reward
+            errors += group.error_share
             if time.perf_counter() - told > _TELL_EVERY_SECONDS or num_done == num_groups:
                 told = time.perf_counter()
                 log.info(
-                    "%d of %d %s, mean reward %.3f, %.0f tokens/s",
+                    "%d of %d %s, mean reward %.3f, %s%.0f tokens/s",
                     num_done,
                     num_groups,
                     noun,
                     reward / num_done,
+                    f"errors {errors / num_done:.0%}, " if errors else "",
                     num_tokens / (told - started),
                 )
     return num_tokens
@@ -139,6 +144,7 @@ async def sample_into(
                     lines=await asyncio.to_thread(lines, question, group),
                     num_tokens=sum(sample.response.num_policy_tokens for sample in group.samples),
                     reward=sum(sample.reward for sample in group.samples) / len(group.samples),
+                    error_share=sum(sample.reason in GAVE_UP for sample in group.samples) / len(group.samples),
                 )
 
     return await write_groups(path, finished(), len(questions), noun)

@@ -27,6 +27,7 @@ from megatron_rl.rollout.client import Completion, SampleRequest, ServerError, g
 from megatron_rl.rollout.completion_order import in_order_of_completion
 from megatron_rl.rollout.journal import Journal
 from megatron_rl.rollout.pool import Place, ServerPool
+from megatron_rl.rollout.reward_wait import RewardWait
 from megatron_rl.rollout.rollout_file import text_of, with_advantages
 from megatron_rl.rollout.teacher_scorer import TeacherScorer
 
@@ -117,6 +118,7 @@ class Sampler:
         self._starting = asyncio.Lock()
         self._rollout, self._seed, self._end_ids, self._journal = rollout, seed, end_ids, journal
         self._top_p, self._teacher = top_p, teacher
+        self.reward_wait = RewardWait()
 
     async def sample(self, questions: Sequence[Question], policy_version: int) -> list[Group]:
         """Return a scored group for every question, in their order. Each response is a request of its own."""
@@ -188,7 +190,8 @@ class Sampler:
 
         async def in_turn(response: Response) -> Response:
             async with self._in_flight:
-                whole = await self._continue(question, response, policy_version, place)
+                with self.reward_wait.sampling():
+                    whole = await self._continue(question, response, policy_version, place)
             return await self._with_text(whole)
 
         return await self._score(question, await gather_all(map(in_turn, self._blank(question))))
@@ -246,7 +249,7 @@ class Sampler:
     async def _score(self, question: Question, responses: Sequence[Response]) -> Group:
         # Decoded before, but for those that an older limit had not ended and a checkpoint kept.
         responses = await gather_all(map(self._with_text, responses))
-        work: list[Coroutine[Any, Any, Any]] = [self._verdicts(question, responses), self._taught(responses)]
+        work: list[Coroutine[Any, Any, Any]] = [self._judged(question, responses), self._taught(responses)]
         verdicts, responses = await gather_all(work)
         advantages = self._advantages(responses, np.array([verdict.score for verdict in verdicts]))
         group = Group(
@@ -266,6 +269,10 @@ class Sampler:
         if self._journal is not None:
             await self._journal.append(group)
         return group
+
+    async def _judged(self, question: Question, responses: Sequence[Response]) -> list[Verdict]:
+        with self.reward_wait.judging():
+            return await self._verdicts(question, responses)
 
     async def _verdicts(self, question: Question, responses: Sequence[Response]) -> list[Verdict]:
         attempts = [
@@ -400,7 +407,8 @@ class _PartialPhase:
     async def _run(self, response: Response, place: Place) -> None:
         try:
             question = self._open[response.prompt_id].question
-            longer = await self._sampler._continue(question, response, self._version, place, lambda: self._stopping)
+            with self._sampler.reward_wait.sampling():
+                longer = await self._sampler._continue(question, response, self._version, place, lambda: self._stopping)
         except ServerError:
             if not self._stopping:
                 raise

@@ -18,7 +18,7 @@ from megatron_rl.endpoint import Endpoint, EndpointError, Reply
 from megatron_rl.errors import Fault
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.reward.score import Attempt
-from megatron_rl.reward.verdict import Verdict
+from megatron_rl.reward.verdict import GAVE_UP, Verdict
 from megatron_rl.rollout.append_log import Finished
 from megatron_rl.rollout.client import gather_all
 from megatron_rl.rollout.rollout_file import answer_columns, asked_columns
@@ -103,6 +103,7 @@ class Teacher:
             lines="".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
             num_tokens=sum(row["num_tokens"] for row in rows),
             reward=sum(row["reward"] for row in rows) / len(rows),
+            error_share=sum(row["reason"] in GAVE_UP for row in rows) / len(rows),
         )
 
     async def _reply(self, position: int, index: int, prompt: Prompt) -> Reply:

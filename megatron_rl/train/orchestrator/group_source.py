@@ -269,6 +269,7 @@ class ServerGroups:
             "num_resent_samples": counts.num_resent,
             "num_lost_servers": counts.num_taken_out,
             "event_loop_lag_seconds": self.pool.lag.take_largest(),
+            "reward_wait_seconds": self._sampler.reward_wait.take_seconds(),
             **({} if self._teacher is None else self._teacher.take_metrics()),
         }
 

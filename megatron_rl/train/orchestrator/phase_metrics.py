@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from megatron_rl.c3po.packing import CostModel, barrier_cost
 from megatron_rl.c3po.plan import Schedule
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.errors import Fault
+from megatron_rl.gateway.sampler import FAILED
+from megatron_rl.gateway.trajectory import SECONDS
 from megatron_rl.records import Group, Response, Sample
 from megatron_rl.reward.verdict import GAVE_UP
 from megatron_rl.rollout.rollout_file import Decode, answer_columns, parts_column, text_of, trajectory_columns
@@ -26,6 +28,15 @@ KindOf = Callable[[str], str]  # of reward, by the prompt's domain
 _MIN_GAVE_UP = 8
 _NUM_EXAMPLES = 3
 _EXAMPLE_CHARACTERS = 80
+# What to do about a response without a verdict, by whether its agent is to blame, and by its reason.
+_REMEDIES = {
+    (False, "timeout"): "Raise reward.timeout_seconds, or lower reward.workers on a small machine",
+    (False, "error"): (
+        "Mend the function or the reference answers; reward_output.log has what a function of your own printed"
+    ),
+    (True, "timeout"): "Raise rollout.agent_seconds, or let the agent do less; agent_output.log has what it printed",
+    (True, "error"): "Mend the agent; agent_output.log has what it printed",
+}
 _DISAGREES = 1.0  # nats
 _FIRST_PLACES = 16  # tokens of the first part of a response that has a reverse KL of its own; the next ends at 4 times
 
@@ -116,12 +127,12 @@ class Phase:
         examples = "; ".join(
             f"{prompt_of(sample.response.prompt_id).id} ({sample.details or sample.reason}): "
             f"...{text_of(sample.response, decode)[-_EXAMPLE_CHARACTERS:]!r}"
-            for sample in failed[:_NUM_EXAMPLES]
+            for sample in _unlike(failed)[:_NUM_EXAMPLES]
         )
         raise Fault(
             f"{len(failed)} of {len(own)} responses could not be judged ({counts['timeout']} timeouts, "
             f"{counts['error']} errors), a share of {len(failed) / len(own):.2f}, more than reward.max_error_share = "
-            f"{max_error_share:g}. For example {examples}. {_remedy(counts)}, and go on with --resume"
+            f"{max_error_share:g}. For example {examples}. {_remedy(failed)}, and go on with --resume"
         )
 
     def metrics(self, budget_tokens: int | None, cost: CostModel, prompt_of: PromptOf) -> dict[str, Any]:
@@ -297,11 +308,20 @@ def _by_part(seen: Sequence[Sample]) -> dict[str, float]:
     }
 
 
-def _remedy(counts: Mapping[str, int]) -> str:
-    """Say what to do about responses that could not be judged, by how many there are of each reason."""
-    if counts["timeout"] > counts["error"]:
-        return "Raise reward.timeout_seconds, or lower reward.workers on a small machine"
-    return "Mend the function or the reference answers; reward_output.log has what a function of your own printed"
+def _unlike(failed: Sequence[Sample]) -> list[Sample]:
+    """Return the samples in an order in which each of the first ones says something else: what most say comes first."""
+    total, before = Counter(sample.details for sample in failed), Counter[str]()
+    places = []
+    for sample in failed:
+        places.append((before[sample.details], -total[sample.details]))
+        before[sample.details] += 1
+    return [failed[at] for at in sorted(range(len(failed)), key=places.__getitem__)]
+
+
+def _remedy(failed: Sequence[Sample]) -> str:
+    """Say what to do about responses that could not be judged, by what most of them suffer from."""
+    counts = Counter((sample.response.finish_reason in (FAILED, SECONDS), sample.reason) for sample in failed)
+    return _REMEDIES[max(counts, key=counts.__getitem__)]
 
 
 def _share(samples: Sequence[Sample], chosen: Callable[[Sample], bool]) -> float:

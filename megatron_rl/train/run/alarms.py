@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config.train import TrainSection
 from megatron_rl.errors import SharedFault
-from megatron_rl.train.run.learning import AGAIN_STEPS, STEPS, Signs
+from megatron_rl.train.run.learning import AGAIN_STEPS, NO_LEARNING, SLOW, STEPS, Signs
 
 if TYPE_CHECKING:  # `megatron-rl status` looks for alarms without torch
     from megatron_rl.train.step.trainer import StepResult
@@ -55,7 +55,7 @@ class Alarms:
         self._section = section
         self._gradients: deque[float] = deque(maxlen=_GRADIENTS)
         self._rewards: deque[float] = deque(maxlen=_REWARDS)
-        self._signs = Signs()
+        self._signs, self._slow = Signs(NO_LEARNING), Signs(SLOW)
         # The best mean of ten steps, and what it is measured from: 0, or the lowest reward of a step that was below.
         self._best, self._floor = -math.inf, 0.0
         self._low_steps = 0
@@ -80,6 +80,7 @@ class Alarms:
             if norm > self._section.grad_norm_alarm * usual:
                 found.append(f"the gradient norm {norm:.3g} is far above the usual {usual:.3g}")
             self._gradients.append(norm)
+        found += self._slow.check(row)
         told = self._signs.check(row)
         if self._section.reward_alarm and "reward" in row:
             told += self._collapse(row["reward"])

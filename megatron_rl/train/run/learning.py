@@ -1,5 +1,5 @@
 """Looks for signs that a run learns nothing, and reports them within three steps: what was seen, the likeliest causes,
-and two responses."""
+and two responses. It looks for steps that wait for rewards, too."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,12 +23,13 @@ _TRUNCATED_SHARE = 0.25
 # In nats per token. Policies that still learn have ten times as much.
 _LEAST_ENTROPY = 0.01
 _SHOWN_CHARACTERS = 160
+_WAIT_SHARE, _LONG_SECONDS = 0.5, 10.0  # of a step in which rewards are all that is waited for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sign:
-    """Describes one sign that a run learns nothing. seen: whether the row of a step shows it. said: what a row of the
-    last `STEPS` steps that all show it says."""
+    """Describes one sign that something is wrong with a run. seen: whether the row of a step shows it. said: what a row
+    of the last `STEPS` steps that all show it says."""
 
     seen: Callable[[Row], bool]
     said: Callable[[Row], str]
@@ -37,7 +38,8 @@ class Sign:
 class Signs:
     """Counts the steps in a row that show each sign. Only rows of reinforcement learning show any."""
 
-    def __init__(self) -> None:
+    def __init__(self, signs: Sequence[Sign]) -> None:
+        self._signs = signs
         self._in_a_row: Counter[int] = Counter()
 
     def check(self, row: Row) -> list[str]:
@@ -45,7 +47,7 @@ class Signs:
         if row.get("num_prompts") == 0:  # carried responses were all that the step needed
             return []
         found = []
-        for index, sign in enumerate(_SIGNS):
+        for index, sign in enumerate(self._signs):
             self._in_a_row[index] = self._in_a_row[index] + 1 if sign.seen(row) else 0
             if self._in_a_row[index] % AGAIN_STEPS == STEPS:
                 found.append(sign.said(row))
@@ -69,7 +71,11 @@ def _all_wrong(row: Row) -> Iterator[str]:
         yield from _no_answer(row)
         return
     if row.get("reward_error_share", 0.0) > _TRUNCATED_SHARE:
-        yield "many responses could not be judged (reward.timeout_seconds, reference answers that nothing can read)"
+        yield (
+            "many agents failed (agent_output.log says how) or were not done in time (rollout.agent_seconds)"
+            if row.get("num_failed_agents")
+            else "many responses could not be judged (reward.timeout_seconds, reference answers that nothing can read)"
+        )
     if row.get("too_slow_share", 0.0) > _TRUNCATED_SHARE:
         yield "many programs ran out of their time (reward.code.cpu_seconds, reward.code.seconds)"
     if row["reward"] != 0:
@@ -103,14 +109,24 @@ def _is_collapsed(row: Row) -> bool:
     return "reward" in row and row.get("entropy") is not None and bool(row["entropy"] < _LEAST_ENTROPY)
 
 
-_SIGNS = (
+def _waits_for_rewards(row: Row) -> bool:
+    waited = row.get("reward_wait_seconds", 0.0)
+    return bool(waited > _LONG_SECONDS and waited > _WAIT_SHARE * row["step_seconds"])
+
+
+# Signs that a run learns nothing.
+NO_LEARNING = (
     Sign(seen=_is_uniform, said=_uniform),
     Sign(
         seen=lambda row: row.get("reward_error_share", 0.0) > _ERROR_SHARE,
         said=lambda row: (
             f"{row['reward_error_share']:.0%} of the responses could not be judged, and some in each of the last "
-            f"{STEPS} steps. Their details in rollouts/ say why, and reward_output.log has what a function of your "
-            "own printed"
+            f"{STEPS} steps. Their details in rollouts/ say why, and "
+            + (
+                "agent_output.log has what the agents printed"
+                if row.get("num_failed_agents")
+                else "reward_output.log has what a function of your own printed"
+            )
         ),
     ),
     Sign(
@@ -126,6 +142,18 @@ _SIGNS = (
             f"the entropy is {row['entropy']:.2g} nats per token, below {_LEAST_ENTROPY:g} for {STEPS} steps, so "
             "nothing new is tried. Likely: the policy has collapsed (lower optimizer.learning_rate, raise "
             "algorithm.entropy_coefficient, go back to an earlier checkpoint); or rollout.temperature is far below 1"
+        ),
+    ),
+)
+# Signs that it takes longer than it has to.
+SLOW = (
+    Sign(
+        seen=_waits_for_rewards,
+        said=lambda row: (
+            f"{row['reward_wait_seconds']:.3g} s of {row['step_seconds']:.3g} s went by with nothing to do but to wait "
+            f"for rewards, and more than half of each of the last {STEPS} steps. Raise reward.workers, or "
+            "reward.service.concurrent of a service; a function that waits for a model or a service waits for all "
+            "responses of a prompt at once where it is `async def`"
         ),
     ),
 )
