@@ -49,6 +49,7 @@ LAYERS = {
     "proxies": 0,
     "tensor_bytes": 0,
     "terminal": 0,
+    "unloadable": 0,
     "versions": 0,
     "": 0,
 }
