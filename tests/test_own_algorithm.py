@@ -215,21 +215,33 @@ def cut_off(sample: Any) -> Any:
 @pytest.mark.parametrize(
     ("algorithm", "denominator", "scales"),
     [
-        ("grpo", 2.0, {10: 0.1, 20: 0.0, 5: 0.2}),  # the mean over the responses that are left
-        ("dapo", 15.0, {10: 1.0, 20: 0.0, 5: 1.0}),  # and over their tokens
-        ("c3po", 40.0, {10: 1.0, 20: 0.0, 5: 1.0}),  # Phi is Phi
+        ("grpo", 2.0, {10: 0.1, 5: 0.2}),  # the mean over the responses that are left
+        ("dapo", 15.0, {10: 1.0, 5: 1.0}),  # and over their tokens
+        ("c3po", 40.0, {10: 1.0, 5: 1.0}),  # Phi is Phi
     ],
 )
 def test_masked_responses_carry_no_loss_and_count_in_no_mean(
     algorithm: str, denominator: float, scales: dict[int, float]
 ) -> None:
     samples = (make_sample(0, 0, 10), cut_off(make_sample(0, 1, 20)), make_sample(0, 2, 5))
-    plan = make_schedule(
-        [Group(prompt_id=0, samples=samples)], algorithm=ALGORITHMS[algorithm], mask_truncated=True
-    ).plan
-    (step,) = plan.steps
+    found = make_schedule([Group(prompt_id=0, samples=samples)], algorithm=ALGORITHMS[algorithm], mask_truncated=True)
+    (step,) = found.plan.steps
     assert step.denominator == denominator
     assert {one.num_loss_tokens: one.loss_scale for one in step.selected} == scales
+    assert [found.samples[i].id for i in found.masked] == [(0, 1)]
+
+
+def test_masked_responses_take_their_part_of_a_budget_and_the_rest_is_carried() -> None:
+    # Whatever the order of the groups, each budget takes one of them, and one of its two responses is cut off.
+    groups = [Group(prompt_id=p, samples=(make_sample(p, 0, 10), cut_off(make_sample(p, 1, 10)))) for p in range(3)]
+    found = make_schedule(groups, budgets=(20, 20), num_passes=2, mask_truncated=True)
+    assert [step.num_loss_tokens for step in found.plan.steps] == [10, 10, 10, 10]
+    assert (len(found.masked), len(found.carried), found.num_dropped) == (2, 2, 0)
+    used = {s.index for step in found.plan.steps for s in step.selected}
+    assert not used & set(found.masked)
+    assert {s.id for s in found.carried} | {found.samples[i].id for i in (*used, *found.masked)} == {
+        (p, i) for p in range(3) for i in range(2)
+    }
 
 
 def test_a_second_pass_trains_the_same_responses_as_those_of_older_weights() -> None:

@@ -103,7 +103,28 @@ def _is_collapsed(row: Row) -> bool:
     return "reward" in row and row.get("entropy") is not None and bool(row["entropy"] < _LEAST_ENTROPY)
 
 
+def _nothing_trained(row: Row) -> Iterator[str]:
+    """Yield reasons why no response of a phase carries loss, the likeliest first."""
+    if row.get("no_token_share"):
+        yield (
+            "the agents do not ask the policy, which answers at the address that they are given (docs/agents.md); "
+            "agent_output.log has what they printed"
+        )
+    if row.get("num_dropped_truncated"):
+        yield (
+            "responses are cut off at the limit, and algorithm.mask_truncated leaves these out (raise "
+            "rollout.max_response_tokens, or start from a model that ends its answers)"
+        )
+
+
 _SIGNS = (
+    Sign(
+        seen=lambda row: row.get("num_trained_samples") == 0,
+        said=lambda row: (
+            f"no response of the last {STEPS} steps has a token that carries loss, so the weights stay as they are. "
+            f"{_listed(_nothing_trained(row))}"
+        ),
+    ),
     Sign(seen=_is_uniform, said=_uniform),
     Sign(
         seen=lambda row: row.get("reward_error_share", 0.0) > _ERROR_SHARE,
