@@ -186,6 +186,17 @@ def factors(context: TrainContext, read: Callable[[torch.Tensor], torch.Tensor])
         yield from zip(entry.hf, tensors, strict=True)
 
 
+def without_loss(sequences: list[TrainSequence], mine: Sequence[Sequence[int]], context: TrainContext) -> Prefetch:
+    """Return this rank's micro-batches of the same sequences, none of whose tokens carries loss."""
+    no = {
+        "loss_positions": np.zeros(0, np.int32),
+        "advantages": np.zeros(0),
+        "rollout_logprobs": np.zeros(0, np.float32),
+    }
+    bare = [dataclasses.replace(one, **no, num_stale_tokens=0, traced_as=None) for one in sequences]
+    return context.trainer.prefetch([[bare[i] for i in bin_] for bin_ in mine])
+
+
 def poison_next_gradient(context: TrainContext) -> None:
     """Make the next gradient of one parameter of this rank NaN, once."""
     parameter = trained(context)[-1]
@@ -387,6 +398,8 @@ def main(folder: Path) -> None:
             result = context.trainer.train_step(batches, objective, denominator)
             if waits is not None:
                 (folder / "host_waits.json").write_text(json.dumps(waits))
+        for _ in range(spec.get("steps_without_tokens", 0)):
+            context.trainer.train_step(without_loss(sequences, mine, context), objective, denominator)
         if context.model.chunks[0].ddp_config.overlap_param_gather:
             assert_a_pass_waits_for_all_weights(context, batches)
         if whole_gradients:

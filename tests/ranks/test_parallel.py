@@ -92,6 +92,17 @@ def test_a_loss_that_is_not_finite_skips_the_step(model: Path, tmp_path: Path) -
     assert json.loads((tmp_path / "run/result.json").read_text())["skipped"] is True
 
 
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_a_step_without_loss_tokens_leaves_the_weights_as_they_are(overlap: str, model: Path, tmp_path: Path) -> None:
+    # Adam's moments would move them, and so would the z-loss of tokens that are context alone.
+    options = {"whole_gradients": False, "moe": {"load_balance_coefficient": 0.0, "z_loss_coefficient": 0.02}}
+    options |= {"parallel": {"expert": 2}, "train": {"overlap": overlap}}
+    once = run_ranks(2, make_spec(model, **options), tmp_path / "once")
+    found = run_ranks(2, make_spec(model, **options, steps_without_tokens=2), tmp_path / "found")
+    for name in (name for name in once if name.startswith("weight/")):
+        assert torch.equal(found[name], once[name]), name
+
+
 def test_one_process_matches_the_formula_in_plain_torch(model: Path, alone: dict[str, torch.Tensor]) -> None:
     spec = make_spec(model)
     config, weights = load_reference(model)

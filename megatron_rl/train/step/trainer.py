@@ -173,7 +173,8 @@ class Trainer:
         """Run forward, backward and one optimizer update over this rank's micro-batches.
 
         Every data-parallel rank calls this with equally many micro-batches. The learning rate is the schedule's; log-
-        probabilities are those of logits / temperature.
+        probabilities are those of logits / temperature. Where no token of any rank carries loss, weights and schedule
+        stay as they are: Adam's moments alone would move them.
         """
         sums = [[size.num_tokens, size.num_places, int(size.traced)] for size in sizes_of(batches)]
         counts = torch.tensor(sums).sum(0)
@@ -195,7 +196,9 @@ class Trainer:
         traced_logprobs = self._gather_traced(kept) if num_traced else {}
         metrics = tally.metrics(denominator) | self._router_metrics(num_tokens)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        grad_norm, updated = self._update(math.isfinite(metrics["loss"]))
+        grad_norm, updated = 0.0, True
+        if tally.num_tokens:
+            grad_norm, updated = self._update(math.isfinite(metrics["loss"]))
         if self.model.lora is not None and self.model.dtype == torch.bfloat16:
             self.model.gather_weights()
             metrics |= rounding_of_merged(self.model.chunks, self._control)
