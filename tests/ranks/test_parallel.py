@@ -371,6 +371,20 @@ def test_a_checkpoint_continues_in_another_layout_as_if_nothing_had_happened(
     assert worst(second, after_two_steps, "weight/") < (1e-4, "")
 
 
+def test_a_pipeline_stage_without_experts_is_saved_and_goes_on(
+    model: Path, after_two_steps: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    # The first of three stages has the dense layer alone, and expert parameters have an optimizer of their own.
+    parallel = {"pipeline": 3, "expert": 2}
+    spec = make_spec(model, whole_gradients=False, parallel=parallel, save_to=str(tmp_path / "checkpoints"))
+    run_ranks(6, spec, tmp_path / "first")
+    for num_ranks, layout in ((6, parallel), (1, {})):
+        resumed = str(tmp_path / "checkpoints/step_1")
+        spec = make_spec(model, whole_gradients=False, parallel=layout, resume_from=resumed)
+        found = run_ranks(num_ranks, spec, tmp_path / f"second_on_{num_ranks}")
+        assert worst(found, after_two_steps, "weight/") < (1e-4, "")
+
+
 @pytest.fixture(scope="module")
 def saved_by_tp2(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, torch.Tensor]]:
     """Save a checkpoint of two tensor-parallel ranks after a step. Return it and the weights that they exported
