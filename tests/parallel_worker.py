@@ -42,6 +42,7 @@ from megatron_rl.train.checkpointing.checkpoints import Checkpoints
 from megatron_rl.train.run.context import TrainContext
 from megatron_rl.train.step.batch import TrainSequence
 from megatron_rl.train.step.objective import CrossEntropy, PolicyObjective
+from megatron_rl.train.step.offload import trained_parts
 from megatron_rl.train.step.prefetch import Prefetch
 
 TRACED_AS = 100  # the first sequence, and so on
@@ -232,7 +233,7 @@ def masters(context: TrainContext) -> dict[str, torch.Tensor]:
     read = context.trainer.offloader.read
     pairs = [
         (weight, read(master.detach()))
-        for part in context.trainer.optimizer.chained_optimizers
+        for part in trained_parts(context.trainer.optimizer)
         for weights, kept in zip(part.shard_float16_groups, part.shard_fp32_from_float16_groups, strict=True)
         for weight, master in zip(weights, kept, strict=True)
     ]
@@ -250,7 +251,7 @@ def leave_and_come_back(context: TrainContext) -> None:
 
     Parts that live in host memory do not come back. fp32 weights stay; the fp32 copies of bf16 ones leave.
     """
-    parts = context.trainer.optimizer.chained_optimizers
+    parts = trained_parts(context.trainer.optimizer)
     mains = [p for part in parts for group in part.optimizer.param_groups for p in group["params"]]
     leaving = [p.main_grad for p in trained(context)] + (mains if context.model.dtype == torch.bfloat16 else [])
     context.trainer.offloader.offload()
