@@ -45,6 +45,9 @@ from megatron_rl.train.step.objective import CrossEntropy, PolicyObjective
 from megatron_rl.train.step.offload import trained_parts
 from megatron_rl.train.step.prefetch import Prefetch
 
+from megatron.core import optimizer as megatron_optimizer  # isort: skip
+from megatron.core.optimizer import distrib_optimizer  # isort: skip
+
 TRACED_AS = 100  # the first sequence, and so on
 
 
@@ -306,6 +309,9 @@ def main(folder: Path) -> None:
         build.installed = lambda: Installed(compute_capability=(9, 0), flash_attn_4=True, quack=True)
         FlashAttention.kernel = staticmethod(dense_attention)
         kernel_stand_ins.install()
+    if spec.get("has_fused_adam"):  # what megatron's modules then find when they are imported
+        megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
     config = SftConfig.model_validate(
         {
             "run_dir": str(folder / "run"),

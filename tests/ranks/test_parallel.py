@@ -385,6 +385,16 @@ def test_a_pipeline_stage_without_experts_is_saved_and_goes_on(
         assert worst(found, after_two_steps, "weight/") < (1e-4, "")
 
 
+def test_a_checkpoint_is_saved_and_goes_on_where_a_fused_adam_is_installed(
+    model: Path, after_two_steps: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    # Transformer Engine and apex bring one that counts its steps elsewhere; torch's is used all the same.
+    common = {"whole_gradients": False, "parallel": {"expert": 2}, "has_fused_adam": True}
+    run_ranks(2, make_spec(model, **common, save_to=str(tmp_path / "checkpoints")), tmp_path / "first")
+    spec = make_spec(model, **common, resume_from=str(tmp_path / "checkpoints/step_1"))
+    assert worst(run_ranks(2, spec, tmp_path / "second"), after_two_steps, "weight/") < (1e-4, "")
+
+
 @pytest.fixture(scope="module")
 def saved_by_tp2(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, torch.Tensor]]:
     """Save a checkpoint of two tensor-parallel ranks after a step. Return it and the weights that they exported
