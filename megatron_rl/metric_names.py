@@ -94,6 +94,8 @@ num_dropped_equal_rewards | responses | phase | Number of responses that dynamic
   groups.
 num_dropped_not_needed | responses | phase | Number of responses of groups beyond rollout.prompts_per_step.
 num_dropped_stale | responses | phase | Number of carried responses older than budget.max_staleness.
+num_dropped_truncated | responses | phase | Number of responses that carry no loss because they were cut off
+  (algorithm.mask_truncated).
 off_policy_token_share | share | first optimizer step | Share of loss tokens that older weights sampled.
 num_micro_batches | | phase | Number of micro-batches of one data-parallel rank.
 micro_batch_imbalance | | phase | Estimated time of the slowest ranks over that of ranks that are always busy. 1:

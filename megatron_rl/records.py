@@ -203,8 +203,8 @@ class Selected:
     num_prompt_tokens, num_output_tokens: the sequence that is forwarded is the prompt and the first `num_output_tokens`
         tokens of the output, the last of which carries loss; what was cut behind it influences nothing before it.
     num_loss_tokens: so many of these output tokens carry loss: the policy's.
-    loss_scale: multiplies every loss token of this sequence: 1 for C3PO, 1 / policy tokens for GRPO's mean, 0 where it
-        is masked; see c3po/algorithms.py.
+    loss_scale: multiplies every loss token of this sequence: 1 for C3PO, 1 / policy tokens for GRPO's mean; see
+        c3po/algorithms.py.
     num_stale_tokens: so many of its first loss tokens were sampled by weights older than those that this optimizer step
         starts from; the others by these.
     """

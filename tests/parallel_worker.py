@@ -42,7 +42,11 @@ from megatron_rl.train.checkpointing.checkpoints import Checkpoints
 from megatron_rl.train.run.context import TrainContext
 from megatron_rl.train.step.batch import TrainSequence
 from megatron_rl.train.step.objective import CrossEntropy, PolicyObjective
+from megatron_rl.train.step.offload import trained_parts
 from megatron_rl.train.step.prefetch import Prefetch
+
+from megatron.core import optimizer as megatron_optimizer  # isort: skip
+from megatron.core.optimizer import distrib_optimizer  # isort: skip
 
 TRACED_AS = 100  # the first sequence, and so on
 
@@ -186,6 +190,17 @@ def factors(context: TrainContext, read: Callable[[torch.Tensor], torch.Tensor])
         yield from zip(entry.hf, tensors, strict=True)
 
 
+def without_loss(sequences: list[TrainSequence], mine: Sequence[Sequence[int]], context: TrainContext) -> Prefetch:
+    """Return this rank's micro-batches of the same sequences, none of whose tokens carries loss."""
+    no = {
+        "loss_positions": np.zeros(0, np.int32),
+        "advantages": np.zeros(0),
+        "rollout_logprobs": np.zeros(0, np.float32),
+    }
+    bare = [dataclasses.replace(one, **no, num_stale_tokens=0, traced_as=None) for one in sequences]
+    return context.trainer.prefetch([[bare[i] for i in bin_] for bin_ in mine])
+
+
 def poison_next_gradient(context: TrainContext) -> None:
     """Make the next gradient of one parameter of this rank NaN, once."""
     parameter = trained(context)[-1]
@@ -221,7 +236,7 @@ def masters(context: TrainContext) -> dict[str, torch.Tensor]:
     read = context.trainer.offloader.read
     pairs = [
         (weight, read(master.detach()))
-        for part in context.trainer.optimizer.chained_optimizers
+        for part in trained_parts(context.trainer.optimizer)
         for weights, kept in zip(part.shard_float16_groups, part.shard_fp32_from_float16_groups, strict=True)
         for weight, master in zip(weights, kept, strict=True)
     ]
@@ -239,7 +254,7 @@ def leave_and_come_back(context: TrainContext) -> None:
 
     Parts that live in host memory do not come back. fp32 weights stay; the fp32 copies of bf16 ones leave.
     """
-    parts = context.trainer.optimizer.chained_optimizers
+    parts = trained_parts(context.trainer.optimizer)
     mains = [p for part in parts for group in part.optimizer.param_groups for p in group["params"]]
     leaving = [p.main_grad for p in trained(context)] + (mains if context.model.dtype == torch.bfloat16 else [])
     context.trainer.offloader.offload()
@@ -294,6 +309,9 @@ def main(folder: Path) -> None:
         build.installed = lambda: Installed(compute_capability=(9, 0), flash_attn_4=True, quack=True)
         FlashAttention.kernel = staticmethod(dense_attention)
         kernel_stand_ins.install()
+    if spec.get("has_fused_adam"):  # what megatron's modules then find when they are imported
+        megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
     config = SftConfig.model_validate(
         {
             "run_dir": str(folder / "run"),
@@ -387,6 +405,8 @@ def main(folder: Path) -> None:
             result = context.trainer.train_step(batches, objective, denominator)
             if waits is not None:
                 (folder / "host_waits.json").write_text(json.dumps(waits))
+        for _ in range(spec.get("steps_without_tokens", 0)):
+            context.trainer.train_step(without_loss(sequences, mine, context), objective, denominator)
         if context.model.chunks[0].ddp_config.overlap_param_gather:
             assert_a_pass_waits_for_all_weights(context, batches)
         if whole_gradients:

@@ -156,6 +156,18 @@ def test_llama_3_learns_each_turn_up_to_its_end() -> None:
     assert learned(tokenizer, [SYSTEM, ASK, plain, AGAIN, plain]) == ["it is 2<|eot_id|>"] * 2
 
 
+def test_a_conversation_of_which_a_template_marks_nothing_is_refused() -> None:
+    # Of a batch of such conversations alone the loss would be 0 over 0 tokens.
+    around_calls = MARKED.replace("{% endgeneration %}", "").replace(
+        "{{ m.content }}", "{{ m.content }}{% endgeneration %}", 1
+    )
+    tokenizer = tokenizer_with(around_calls)
+    assert learned(tokenizer, [ASK, SHORT]) == ["it is 2"]
+    for chat in ([ASK, CALLS], [ASK, {**CALLS, "content": ""}]):
+        with pytest.raises(ValueError, match="marks nothing of a conversation of roles user, assistant, so there is"):
+            learned(tokenizer, chat)
+
+
 def test_a_template_with_marks_says_itself_what_is_learned() -> None:
     tokenizer = tokenizer_with(MARKED)
     thought = {"role": "assistant", "content": "4", "reasoning_content": "hm"}

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rank_zero import config_of
 from samples import make_sample, make_segment, make_trajectory
 
+from megatron_rl.config.layout import Layout
 from megatron_rl.config.reward import RewardSection
 from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.data.prompts import Prompt
@@ -20,6 +22,7 @@ from megatron_rl.records import Group
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.journal import Journal
 from megatron_rl.rollout.sampler import Question, Sampler
+from megatron_rl.train.orchestrator.group_source import journal_identity
 
 
 def group(prompt_id: int) -> Group:
@@ -198,3 +201,27 @@ def test_groups_that_end_together_share_an_fsync(tmp_path: Path, monkeypatch) ->
     monkeypatch.setattr(os, "fsync", lambda number: (calls.append(number), sync(number)))
     write(tmp_path, [group(i) for i in range(40)])
     assert len(calls) <= 3  # the header, the first, all others
+
+
+def test_groups_of_a_run_that_trains_otherwise_are_not_used(tmp_path: Path) -> None:
+    # Without a checkpoint a run begins anew, and comes to other weights from its first step on.
+    (tmp_path / "model").mkdir()
+
+    def identity(*changes: str) -> str:
+        config = config_of(tmp_path, f"model.path={tmp_path / 'model'}", "model.dtype=bfloat16", *changes)
+        return journal_identity(config, Layout(world_size=1), "data")
+
+    others = [
+        *("lora.rank=4", "lora.rank=8", 'lora.targets=["experts"]', "model.router_dtype=bfloat16", "seed=2"),
+        *(
+            "model.head_dtype=bfloat16",
+            "optimizer.beta2=0.99",
+            "algorithm.clip_high=0.3",
+            "moe.z_loss_coefficient=0.01",
+        ),
+        *("budget.tokens=300", "rollout.temperature=0.9", "train.micro_batch_tokens=256", "model.dtype=float32"),
+    ]
+    found = [identity(), *map(identity, others)]
+    assert len(set(found)) == len(found)
+    same = ("train.save_every=7", "train.steps=9", "tracking.name=other", "sync.transport=distributed", "threads=3")
+    assert {identity(change) for change in same} == {identity()}

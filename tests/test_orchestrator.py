@@ -6,6 +6,7 @@ import errno
 import threading
 import time
 from concurrent.futures import wait
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -326,6 +327,21 @@ def test_rounding_to_bfloat16_ends_no_run(orchestrate, dtype, ends):
     orchestrator.end(0, [result(difference=0.527)])  # SmolLM2-135M, one token in a thousand
     with pytest.raises(Fault, match=r"rollout.logprob_tolerance 0.5") if ends else contextlib.nullcontext():
         orchestrator.finish()
+
+
+@pytest.mark.parametrize(("counts", "said"), [((200, 0), ""), ((0, 0), "nothing trained"), ((0, 200), "entropy 1.00")])
+def test_the_line_of_a_step_says_what_there_is_to_say_of_its_optimizer_steps(orchestrate, capsys, counts, said):
+    orchestrator = orchestrate(FakeGroups(), None, "algorithm.optimizer_steps_per_rollout=2")
+    orchestrator.begin(0)
+    steps = [replace(result(), num_loss_tokens=count) for count in counts]
+    nothing = {"entropy": float("nan")}
+    orchestrator.end(
+        0, [step if step.num_loss_tokens else replace(step, metrics=step.metrics | nothing) for step in steps]
+    )
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert "nan" not in printed
+    assert ("nothing trained" in printed) == (said == "nothing trained")
 
 
 def test_a_later_step_may_differ(orchestrate):

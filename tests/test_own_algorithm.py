@@ -112,6 +112,28 @@ def test_reinforce_plus_plus_standardises_over_the_whole_phase() -> None:
     assert same == groups
 
 
+@pytest.mark.parametrize("algorithm", ["reinforce_pp", "whole"])
+def test_what_could_not_be_judged_has_no_advantage_over_a_whole_phase(algorithm: str, own: Path) -> None:
+    # The prompt of the second group cannot be judged at all, and one response of the first, whose stand-in for a reward
+    # is the mean of the others of its group, 3. What is left: rewards 5, 1, 1, 1 with mean 2 and variance 3.
+    def failed(group: Group, *indices: int) -> Group:
+        samples = (replace(s, reason="error") if i in indices else s for i, s in enumerate(group.samples))
+        return replace(group, samples=tuple(samples))
+
+    groups = [failed(group_of(0, 5.0, 1.0, 3.0), 2), failed(group_of(1, 0.0, 0.0), 0, 1), group_of(2, 1.0, 1.0)]
+    config = run_config({"name": algorithm} if algorithm != "whole" else {"advantage": f"{own}:whole"})
+    late = replace(make_sample(9, 0, 4, reward=7.0), reason="timeout")
+    found, carried = with_phase_advantages(config, groups, [late])
+    given = [[s.advantage for s in group.samples] for group in found]
+    of_group = {"reinforce_pp": [3 / math.sqrt(3), -1 / math.sqrt(3)], "whole": [1.0, -1.0]}[algorithm]
+    of_last = {"reinforce_pp": [-1 / math.sqrt(3)] * 2, "whole": [0.0, 0.0]}[algorithm]
+    assert given[0] == pytest.approx([*of_group, 0.0])
+    assert (given[1], given[2], carried[0].advantage) == ([0.0, 0.0], pytest.approx(of_last), 0.0)
+    # Nothing of a phase may be judged; the run then ends or goes on by reward.max_error_share.
+    nothing, _ = with_phase_advantages(config, [groups[1]], [])
+    assert [s.advantage for s in nothing[0].samples] == [0.0, 0.0]
+
+
 def test_own_advantages_get_what_they_name(own: Path) -> None:
     samples = group_of(0, 1.0, 0.0, lengths=(10, 20)).samples
     responses, rewards = [s.response for s in samples], np.array([1.0, 0.0])
@@ -193,21 +215,33 @@ def cut_off(sample: Any) -> Any:
 @pytest.mark.parametrize(
     ("algorithm", "denominator", "scales"),
     [
-        ("grpo", 2.0, {10: 0.1, 20: 0.0, 5: 0.2}),  # the mean over the responses that are left
-        ("dapo", 15.0, {10: 1.0, 20: 0.0, 5: 1.0}),  # and over their tokens
-        ("c3po", 40.0, {10: 1.0, 20: 0.0, 5: 1.0}),  # Phi is Phi
+        ("grpo", 2.0, {10: 0.1, 5: 0.2}),  # the mean over the responses that are left
+        ("dapo", 15.0, {10: 1.0, 5: 1.0}),  # and over their tokens
+        ("c3po", 40.0, {10: 1.0, 5: 1.0}),  # Phi is Phi
     ],
 )
 def test_masked_responses_carry_no_loss_and_count_in_no_mean(
     algorithm: str, denominator: float, scales: dict[int, float]
 ) -> None:
     samples = (make_sample(0, 0, 10), cut_off(make_sample(0, 1, 20)), make_sample(0, 2, 5))
-    plan = make_schedule(
-        [Group(prompt_id=0, samples=samples)], algorithm=ALGORITHMS[algorithm], mask_truncated=True
-    ).plan
-    (step,) = plan.steps
+    found = make_schedule([Group(prompt_id=0, samples=samples)], algorithm=ALGORITHMS[algorithm], mask_truncated=True)
+    (step,) = found.plan.steps
     assert step.denominator == denominator
     assert {one.num_loss_tokens: one.loss_scale for one in step.selected} == scales
+    assert [found.samples[i].id for i in found.masked] == [(0, 1)]
+
+
+def test_masked_responses_take_their_part_of_a_budget_and_the_rest_is_carried() -> None:
+    # Whatever the order of the groups, each budget takes one of them, and one of its two responses is cut off.
+    groups = [Group(prompt_id=p, samples=(make_sample(p, 0, 10), cut_off(make_sample(p, 1, 10)))) for p in range(3)]
+    found = make_schedule(groups, budgets=(20, 20), num_passes=2, mask_truncated=True)
+    assert [step.num_loss_tokens for step in found.plan.steps] == [10, 10, 10, 10]
+    assert (len(found.masked), len(found.carried), found.num_dropped) == (2, 2, 0)
+    used = {s.index for step in found.plan.steps for s in step.selected}
+    assert not used & set(found.masked)
+    assert {s.id for s in found.carried} | {found.samples[i].id for i in (*used, *found.masked)} == {
+        (p, i) for p in range(3) for i in range(2)
+    }
 
 
 def test_a_second_pass_trains_the_same_responses_as_those_of_older_weights() -> None:

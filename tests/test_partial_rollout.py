@@ -23,13 +23,13 @@ from megatron_rl.c3po.budget import PromptYield, Shortfall
 from megatron_rl.config.reward import RewardSection
 from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.data.prompts import Prompt
-from megatron_rl.records import Response, UnfinishedGroup
+from megatron_rl.records import Group, Response, Sample, UnfinishedGroup
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.rollout.archive import Carry, pack_carry, unpack_carry
 from megatron_rl.rollout.client import Completion, SampleRequest, ServerLost
 from megatron_rl.rollout.pool import Place, ServerPool
 from megatron_rl.rollout.rollout_file import group_rows
-from megatron_rl.rollout.sampler import Collected, Question, Sampler, sampling_seed
+from megatron_rl.rollout.sampler import Collected, Question, Sampler, fill_in_waves, sampling_seed
 from megatron_rl.rollout.server import EmbeddedServer
 
 LENGTH, SLOTS, SIZE = 200, 8, 2
@@ -500,3 +500,15 @@ def test_a_phase_that_never_fills_says_so() -> None:
 
     with pytest.raises(ValueError, match="still lacks 100 tokens of domain 'math' after .* prompts .*equal rewards"):
         asyncio.run(run())
+
+
+def test_agents_that_ask_the_policy_nothing_are_told_where_a_budget_never_fills() -> None:
+    response = Response(prompt_id=0, sample_index=0, segments=(), finish_reason="stop")
+    group = Group(prompt_id=0, samples=(Sample(response=response, reward=0.0, reason="wrong", advantage=0.0),))
+
+    async def one(count: int) -> list[Group]:
+        return [group] * count
+
+    need = Shortfall(unit="tokens", missing=100)
+    with pytest.raises(ValueError, match="no response of 6 groups has a token .*agents do not ask the policy"):
+        asyncio.run(fill_in_waves(one, 3, need, lambda group: True, max_waves=2))

@@ -83,6 +83,16 @@ def test_a_run_that_learns_is_not_spoken_of() -> None:
             "(mean reward 1), so nothing is learned",
             ["steps are too large, and the policy has collapsed (ratio_max 8.5)", "too easy"],
         ),
+        (
+            {"num_trained_samples": 0, "no_token_share": 1.0, "entropy": None},
+            "no response of the last 3 steps has a token that carries loss",
+            ["the agents do not ask the policy"],
+        ),
+        (
+            {"num_trained_samples": 0, "num_dropped_truncated": 64, "entropy": None},
+            "so the weights stay as they are",
+            ["algorithm.mask_truncated leaves these out (raise rollout.max_response_tokens"],
+        ),
         ({"entropy": 0.004}, "the entropy is 0.004 nats per token", ["optimizer.learning_rate", "temperature"]),
     ],
 )

@@ -87,6 +87,28 @@ def test_metrics_count_what_the_outcomes_say() -> None:
     assert metrics["num_cut_tokens"] == trained - 20
 
 
+def test_a_response_that_was_cut_off_is_not_counted_as_trained_where_it_carries_no_loss() -> None:
+    samples = [make_sample(0, i, n, reward=float(i == 0)) for i, n in enumerate((5, 10, 10))]
+    samples[1:] = [replace(s, response=replace(s.response, finish_reason="length")) for s in samples[1:]]
+    used = Group(prompt_id=0, samples=tuple(samples))
+
+    def phase_of(group: Group) -> Phase:
+        schedule = make_schedule([group], budgets=(25,), mask_truncated=True)
+        return Phase(collected=Collected(kept=[group]), unneeded=(), stale=(), schedule=schedule)
+
+    phase = phase_of(used)
+    assert [(outcome, count) for _, outcome, count in phase.outcomes()] == [
+        ("trained", 5), ("dropped: truncated", 0), ("dropped: truncated", 0),
+    ]  # fmt: skip
+    metrics = phase.metrics(25, COST, prompt_of)
+    assert (metrics["num_trained_samples"], metrics["num_dropped_truncated"], metrics["budget_use"]) == (1, 2, 0.2)
+    assert metrics["truncated_share"] == 2 / 3
+    # Nothing may be left of a phase, which is no reason to end a run.
+    metrics = phase_of(replace(used, samples=tuple(samples[1:]))).metrics(25, COST, prompt_of)
+    names = ("num_trained_samples", "budget_use", "off_policy_token_share")
+    assert [metrics[name] for name in (*names, "advantage_mean", "advantage_std", "advantage_max")] == [0.0] * 6
+
+
 def say(number: int) -> str:
     return f"It is \\boxed{{{number}}}."
 

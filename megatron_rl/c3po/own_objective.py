@@ -2,7 +2,7 @@
 
 Each is called with what its parameters name: `OF_ADVANTAGE`, `OF_SURROGATE`, `OF_CORRECTION`. They run inside the
 trainer, advantages on rank 0 and the others on every rank, so they are tried on small tensors before a model is built.
-Legend: K responses of a group, N of a phase, T tokens of a micro-batch that carry loss.
+Legend: K responses of a group, N judged ones of a phase, T tokens of a micro-batch that carry loss.
 """
 
 import functools
@@ -25,7 +25,7 @@ OF_ADVANTAGE = {
     "rewards": "float64 [K], of the responses to one prompt, with the over-long punishment; with `groups` [N]",
     "response_tokens": "int64 [K], tokens that the policy sampled for each response",
     "is_truncated": "bool [K], responses that ended at rollout.max_response_tokens",
-    "groups": "int64 [N], the prompt of each response; who takes it gets all responses of a phase at once",
+    "groups": "int64 [N], the prompt of each response; who takes it gets all judged responses of a phase at once",
 }
 OF_SURROGATE = {
     "logprobs": "[T], log-probabilities under the present weights, differentiable",

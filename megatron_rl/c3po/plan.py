@@ -24,6 +24,7 @@ class Schedule:
     samples: carried first, then group by group; `Selected.index` points here.
     carried: surplus for the next step, in order.
     num_dropped: surplus that the algorithm throws away.
+    masked: samples, by their place in `samples`, that took their part of a step but carry no loss; they are in no plan.
     num_cut_tokens: policy tokens of trained responses that carry no loss.
     num_passes: the number of passes over the same responses; the optimizer steps of the first one come first.
     """
@@ -33,6 +34,7 @@ class Schedule:
     carried: tuple[Sample, ...]
     num_dropped: int
     num_cut_tokens: int
+    masked: tuple[int, ...] = ()
     num_passes: int = 1
 
     @property
@@ -49,8 +51,8 @@ class PlanRules:
     micro_batch_multiple: see `pack_micro_batches`.
     shares: of every budget, by the prompt's domain, which `domain_of` gives; see `select_by_domain`. The denominator is
         Phi all the same.
-    mask_truncated: samples that ended at the longest response carry no loss; they take their part of a budget, and
-        count in no other denominator.
+    mask_truncated: samples that ended at the longest response carry no loss; they take their part of a budget, count in
+        no other denominator, and are not forwarded.
     num_passes: how often the optimizer steps over the same samples are made.
     """
 
@@ -86,7 +88,9 @@ def schedule(
         if samples[index].response.num_policy_tokens
     ]
     selection = _selection(samples, order, rules)
-    of_pass = list(zip(selection.steps, rules.budgets, strict=True))
+    masked = {i for i in order if rules.mask_truncated and samples[i].response.finish_reason == "length"}
+    left = [[pick for pick in picks if pick.index not in masked] for picks in selection.steps]
+    of_pass = list(zip(left, rules.budgets, strict=True))
     steps = tuple(
         _step_plan(samples, picks, policy_version if number == 0 else None, budget, rules)
         for number, (picks, budget) in enumerate(of_pass * rules.num_passes)
@@ -98,6 +102,7 @@ def schedule(
         carried=surplus if rules.keep_surplus else (),
         num_dropped=0 if rules.keep_surplus else len(surplus),
         num_cut_tokens=selection.num_cut_tokens,
+        masked=tuple(pick.index for picks in selection.steps for pick in picks if pick.index in masked),
         num_passes=rules.num_passes,
     )
 
@@ -120,15 +125,12 @@ def _step_plan(
     policy_version: the version of the weights that the step changes; None where these are no longer those that sampled.
     """
     parts = [_loss_tokens(samples[pick.index].response, pick.num_loss_tokens) for pick in picks]
-    is_masked = [rules.mask_truncated and samples[p.index].response.finish_reason == "length" for p in picks]
-    weights, denominator = normalise(
+    scales, denominator = normalise(
         rules.algorithm.normalisation,
-        [list(part.values()) for part, masked in zip(parts, is_masked, strict=True) if not masked],
+        [list(part.values()) for part in parts],
         budget=budget,
         max_response_tokens=rules.max_response_tokens,
     )
-    of_others = iter(weights)
-    scales = [[0.0] * len(part) if masked else next(of_others) for part, masked in zip(parts, is_masked, strict=True)]
     selected = tuple(
         _selected(samples, pick.index, number, count, scale, policy_version)
         for pick, part, of_part in zip(picks, parts, scales, strict=True)

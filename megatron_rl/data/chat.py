@@ -278,11 +278,6 @@ def _marked(
             **{**tokenizer.special_tokens_map, **arguments},
         )
     ((rendered,), (spans,)) = found
-    if not spans:
-        raise ValueError(
-            "the chat template has {% generation %}, and marks nothing of a conversation of roles "
-            f"{', '.join(message.role for message in chat.messages)}; mend the template, or drop the conversation"
-        )
     ids: list[int] = []
     mask: list[bool] = []
     # Cut where marks begin and end: what the model generates begins and ends with a token, too.
@@ -290,6 +285,12 @@ def _marked(
         part = _ids_with_texts(tokenizer, rendered[start:end], texts)
         ids += part
         mask += [any(first <= start < last for first, last in spans)] * len(part)
+    if not any(mask):
+        raise ValueError(
+            "the chat template has {% generation %}, and marks nothing of a conversation of roles "
+            f"{', '.join(message.role for message in chat.messages)}, so there is nothing to learn; mend the template, "
+            "or drop the conversation"
+        )
     return ids, mask
 
 

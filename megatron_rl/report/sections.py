@@ -224,6 +224,7 @@ SECTIONS = (
                     "not needed": "num_dropped_not_needed",
                     "over the budget": "num_dropped_over_budget",
                     "stale": "num_dropped_stale",
+                    "truncated": "num_dropped_truncated",
                     "unfinished": "num_dropped_unfinished",
                 },
                 note="What was sampled and never trained.",

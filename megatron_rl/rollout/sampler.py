@@ -475,6 +475,12 @@ def _num_tokens(group: Group) -> int:
 def _never_filled(shortfall: Shortfall, found: Collected, after: str) -> ValueError:
     reasons = Counter(sample.reason for group in found.filtered for sample in group.samples)
     told = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+    if found.kept and not any(map(_num_tokens, found.kept)):
+        return ValueError(
+            f"no response of {len(found.kept)} groups has a token that the policy sampled, so the phase has nothing to "
+            "train: the agents do not ask the policy, which answers at the address that they are given "
+            "(docs/agents.md); agent_output.log in the run's directory has what they printed"
+        )
     return ValueError(
         f"the rollout phase still lacks {shortfall.missing:g} {shortfall.unit}"
         + (f" of domain {shortfall.domain!r}" if shortfall.domain != ANY else "")

@@ -202,6 +202,23 @@ def test_a_checkpoint_holds_adapters_alone_and_goes_on_in_another_layout(
     assert worst(found, alone_in_fp32, "weight/") < (1e-4, "")
 
 
+@pytest.mark.parametrize(("targets", "name"), [(["experts"], "EP2"), (["mlp", "experts"], "PP2xDP2-EP2")])
+def test_adapters_that_leave_an_optimizer_without_parameters_are_saved_and_go_on(
+    targets: list[str], name: str, model: Path, tmp_path: Path
+) -> None:
+    # With expert parallelism dense and expert parameters have an optimizer each. Of the first case nothing is dense; of
+    # the second the first pipeline stage has the one dense MLP.
+    common = STEADY | {"lora": LORA | {"targets": targets}}
+    expected = run_ranks(1, make_spec(model, **common, steps=2), tmp_path / "alone")
+    num_ranks, parallel = LAYOUTS[name]
+    spec = make_spec(model, **common, parallel=parallel, save_to=str(tmp_path / "checkpoints"))
+    run_ranks(num_ranks, spec, tmp_path / "first")
+    for ranks, layout in ((num_ranks, parallel), (1, {})):
+        spec = make_spec(model, **common, parallel=layout, resume_from=str(tmp_path / "checkpoints/step_1"))
+        found = run_ranks(ranks, spec, tmp_path / f"second_on_{ranks}")
+        assert worst(found, expected, "factor/") < (1e-4, "")
+
+
 def test_a_checkpoint_is_read_and_converted_as_the_merged_model(
     saved: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:

@@ -92,6 +92,17 @@ def test_a_loss_that_is_not_finite_skips_the_step(model: Path, tmp_path: Path) -
     assert json.loads((tmp_path / "run/result.json").read_text())["skipped"] is True
 
 
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_a_step_without_loss_tokens_leaves_the_weights_as_they_are(overlap: str, model: Path, tmp_path: Path) -> None:
+    # Adam's moments would move them, and so would the z-loss of tokens that are context alone.
+    options = {"whole_gradients": False, "moe": {"load_balance_coefficient": 0.0, "z_loss_coefficient": 0.02}}
+    options |= {"parallel": {"expert": 2}, "train": {"overlap": overlap}}
+    once = run_ranks(2, make_spec(model, **options), tmp_path / "once")
+    found = run_ranks(2, make_spec(model, **options, steps_without_tokens=2), tmp_path / "found")
+    for name in (name for name in once if name.startswith("weight/")):
+        assert torch.equal(found[name], once[name]), name
+
+
 def test_one_process_matches_the_formula_in_plain_torch(model: Path, alone: dict[str, torch.Tensor]) -> None:
     spec = make_spec(model)
     config, weights = load_reference(model)
@@ -358,6 +369,30 @@ def test_a_checkpoint_continues_in_another_layout_as_if_nothing_had_happened(
     spec = make_spec(model, **common, parallel=parallel, resume_from=f"{save}/step_1")
     second = run_ranks(num_ranks, spec, tmp_path / "second")
     assert worst(second, after_two_steps, "weight/") < (1e-4, "")
+
+
+def test_a_pipeline_stage_without_experts_is_saved_and_goes_on(
+    model: Path, after_two_steps: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    # The first of three stages has the dense layer alone, and expert parameters have an optimizer of their own.
+    parallel = {"pipeline": 3, "expert": 2}
+    spec = make_spec(model, whole_gradients=False, parallel=parallel, save_to=str(tmp_path / "checkpoints"))
+    run_ranks(6, spec, tmp_path / "first")
+    for num_ranks, layout in ((6, parallel), (1, {})):
+        resumed = str(tmp_path / "checkpoints/step_1")
+        spec = make_spec(model, whole_gradients=False, parallel=layout, resume_from=resumed)
+        found = run_ranks(num_ranks, spec, tmp_path / f"second_on_{num_ranks}")
+        assert worst(found, after_two_steps, "weight/") < (1e-4, "")
+
+
+def test_a_checkpoint_is_saved_and_goes_on_where_a_fused_adam_is_installed(
+    model: Path, after_two_steps: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    # Transformer Engine and apex bring one that counts its steps elsewhere; torch's is used all the same.
+    common = {"whole_gradients": False, "parallel": {"expert": 2}, "has_fused_adam": True}
+    run_ranks(2, make_spec(model, **common, save_to=str(tmp_path / "checkpoints")), tmp_path / "first")
+    spec = make_spec(model, **common, resume_from=str(tmp_path / "checkpoints/step_1"))
+    assert worst(run_ranks(2, spec, tmp_path / "second"), after_two_steps, "weight/") < (1e-4, "")
 
 
 @pytest.fixture(scope="module")

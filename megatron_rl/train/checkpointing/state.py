@@ -20,6 +20,7 @@ from megatron_rl import device
 from megatron_rl.checkpoint.checked import CheckedReader, load_common
 from megatron_rl.checkpoint.checksums import Checksum, checksum_on_disk
 from megatron_rl.model.build import load_sharded_state, sharded_state
+from megatron_rl.train.step.offload import trained_parts
 
 device.import_megatron()
 
@@ -65,7 +66,7 @@ def _to_save(trainer: Any) -> dict[str, Any]:
     """
     _initialize_adam(trainer.optimizer)  # all steps so far may have been skipped
     model = sharded_state(trainer.model)
-    parts = trainer.optimizer.chained_optimizers
+    parts = trained_parts(trainer.optimizer)
     return {
         "model": model,
         "optimizer": {str(i): _optimizer_state(part, model, trainer.offloader.read) for i, part in enumerate(parts)},
@@ -207,10 +208,8 @@ def load(folder: Path, trainer: Any) -> None:
 def _load(folder: Path, trainer: Any) -> None:
     _initialize_adam(trainer.optimizer)
     model = sharded_state(trainer.model)
-    parts = [
-        part.sharded_state_dict(model, is_loading=True, metadata=_OPTIMIZER_METADATA)
-        for part in trainer.optimizer.chained_optimizers
-    ]
+    optimizers = trained_parts(trainer.optimizer)
+    parts = [part.sharded_state_dict(model, is_loading=True, metadata=_OPTIMIZER_METADATA) for part in optimizers]
     template = {
         "model": model,
         "optimizer": {str(i): part["param_state"] for i, part in enumerate(parts)},
@@ -223,7 +222,7 @@ def _load(folder: Path, trainer: Any) -> None:
     except dcp.CheckpointException as error:  # around whatever was raised in it
         raise next(iter(error.failures.values()))[0] from None
     load_sharded_state(trainer.model, state["model"])
-    for i, (optimizer, part) in enumerate(zip(trainer.optimizer.chained_optimizers, parts, strict=True)):
+    for i, (optimizer, part) in enumerate(zip(optimizers, parts, strict=True)):
         for group in part["optimizer"]["param_groups"]:
             group["step"] = state["optimizer_step"]
         optimizer.load_state_dict({name: value for name, value in part.items() if name != "param_state"})
@@ -236,7 +235,7 @@ def _load(folder: Path, trainer: Any) -> None:
 def _initialize_adam(optimizer: Any) -> None:
     """Give torch's Adam its state before the first step: megatron's distributed optimizer reads the step count of a
     fresh optimizer when it makes the template to load into, and fails without one."""
-    for part in optimizer.chained_optimizers:
+    for part in trained_parts(optimizer):
         adam = part.optimizer
         if not isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
             continue

@@ -3,6 +3,7 @@ planned. Adds what a teacher contributes, token by token."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from megatron_rl.c3po.advantage import advantages_by, overlong_penalty, takes_ba
 from megatron_rl.c3po.algorithms import chosen_algorithm
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.records import Group, Response, Sample
+from megatron_rl.reward.verdict import GAVE_UP
 from megatron_rl.rollout.rollout_file import Advantages
 
 
@@ -31,14 +33,21 @@ def with_phase_advantages(
 ) -> tuple[list[Group], list[Sample]]:
     """Return the groups and carried samples with the advantages that an algorithm gives all responses of a phase at
     once. They stay as they are where the algorithm gives advantages to groups. Carried responses get new ones, among
-    those that they are trained with."""
+    those that they are trained with.
+
+    A response that could not be judged has the advantage 0 and no part in those of the others: what stands in for its
+    reward, the mean of its group or 0, says nothing beside the rewards of other groups."""
     rule = chosen_algorithm(config.algorithm).advantage
     samples = [*carried, *(sample for group in groups for sample in group.samples)]
     if not samples or not takes_batch(rule) or _is_of_teacher_alone(config):
         return list(groups), list(carried)
-    values = _values(config, [s.response for s in samples], np.array([s.reward for s in samples]))
-    _, of_prompt = np.unique([sample.response.prompt_id for sample in samples], return_inverse=True)
-    given = advantages_by(rule, values | {"groups": of_prompt})
+    is_judged = np.array([sample.reason not in GAVE_UP for sample in samples])
+    given = np.zeros(len(samples))
+    if is_judged.any():
+        judged = list(compress(samples, is_judged))
+        values = _values(config, [s.response for s in judged], np.array([s.reward for s in judged]))
+        _, of_prompt = np.unique([sample.response.prompt_id for sample in judged], return_inverse=True)
+        given[is_judged] = advantages_by(rule, values | {"groups": of_prompt})
     new = iter([replace(s, advantage=float(a)) for s, a in zip(samples, given, strict=True)])
     carried = [next(new) for _ in carried]
     return [replace(group, samples=tuple(next(new) for _ in group.samples)) for group in groups], carried

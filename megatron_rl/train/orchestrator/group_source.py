@@ -194,7 +194,7 @@ class ServerGroups:
         self._supervisors = [s.supervisor for s in (servers, teachers) if s is not None and s.supervisor is not None]
         self.rewards = Rewards(config.reward, config.run_dir)
         lost = partial(disk_fault, config, "groups of this phase are not kept for a resume")
-        self._journal = Journal(config.run_dir / "journal", _identity(config, layout, self._stream.digest), lost)
+        self._journal = Journal(config.run_dir / "journal", journal_identity(config, layout, self._stream.digest), lost)
         routed = routed_shape(architecture) if config.rollout.router_replay else None
         self.pool = _pool_of(servers, routed)
         self._teachers = None if teachers is None else _pool_of(teachers, keeps_weights=True)
@@ -220,7 +220,9 @@ class ServerGroups:
         if not config.rollout.has_agent:
             self._sampler = Sampler(*how, architecture.eos_token_ids, self._journal, teacher=self._teacher)
             return
-        self._turns = TurnJournal(config.run_dir / "journal", _identity(config, layout, self._stream.digest), lost)
+        self._turns = TurnJournal(
+            config.run_dir / "journal", journal_identity(config, layout, self._stream.digest), lost
+        )
         settings = agent_settings(
             config.model.path, architecture, config.run_dir, config.reward.passing_score, config.data
         )
@@ -453,10 +455,12 @@ def saved_by_domain(saved: Any, shares: Mapping[str, float]) -> dict[str, Any]:
     return found
 
 
-def _identity(config: RlConfig, layout: Layout, data: str) -> str:
+def journal_identity(config: RlConfig, layout: Layout, data: str) -> str:
     """Return a hash of all that decides what a phase samples and trains, apart from weights and cursor."""
     relevant: Any = {
         "seed": True,
+        "model": {"router_dtype", "head_dtype", "fp8", "fp8_recipe"},
+        "lora": True,
         "moe": True,
         "optimizer": True,
         "algorithm": True,

@@ -198,7 +198,8 @@ class Orchestrator:
                     f"reward {row['reward']:.3f}",
                     f"no answer {row['no_answer_share']:.0%}",
                     f"errors {share:.0%}" if (share := row["reward_error_share"]) else "",
-                    f"entropy {row['entropy']:.2f}",
+                    f"entropy {row['entropy']:.2f}" if row["num_loss_tokens"] else "",
+                    "" if any(row["num_loss_tokens_by_step"]) else "nothing trained",
                     f"{row['step_seconds']:.3g} s",
                     self._eta.after(step, row["step_seconds"]) or "last step",
                 ]

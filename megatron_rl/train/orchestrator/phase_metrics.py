@@ -67,9 +67,12 @@ class Phase:
             for selected in step.selected:
                 trained[selected.index] += selected.num_loss_tokens
         left_over = "carried" if self.schedule.num_dropped == 0 else "dropped: over the budget"
+        masked = set(self.schedule.masked)
         for index, sample in enumerate(self.schedule.samples):
             if index in trained:
                 yield sample, "trained", trained[index]
+            elif index in masked:
+                yield sample, "dropped: truncated", 0
             else:
                 yield sample, left_over if sample.response.num_policy_tokens else "dropped: no tokens", 0
         for group in self.collected.filtered:
@@ -164,9 +167,9 @@ class Phase:
             "response_tokens_std": float(lengths.std()),
             "response_tokens_p90": float(np.quantile(lengths, 0.9)),
             "response_tokens_max": int(lengths.max()),
-            "advantage_mean": float(advantages.mean()),
-            "advantage_std": float(advantages.std()),
-            "advantage_max": float(np.abs(advantages).max()),
+            "advantage_mean": float(advantages.mean()) if trained else 0.0,
+            "advantage_std": float(advantages.std()) if trained else 0.0,
+            "advantage_max": float(np.abs(advantages).max(initial=0.0)),
             "truncated_share": _share(seen, lambda sample: sample.response.finish_reason == "length"),
             "correct_share": _share(seen, lambda sample: sample.reason == "correct"),
             "wrong_share": _share(seen, lambda sample: sample.reason == "wrong"),
@@ -188,6 +191,7 @@ class Phase:
             "num_dropped_equal_rewards": sum(len(group.samples) for group in found.filtered),
             "num_dropped_not_needed": sum(len(group.samples) for group in self.unneeded),
             "num_dropped_stale": len(self.stale),
+            "num_dropped_truncated": len(self.schedule.masked),
             "num_micro_batches": sum(len(step.micro_batches[0]) for step in plan.steps),
             "micro_batch_imbalance": self._imbalance(cost),
         }

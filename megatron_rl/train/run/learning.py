@@ -114,8 +114,29 @@ def _waits_for_rewards(row: Row) -> bool:
     return bool(waited > _LONG_SECONDS and waited > _WAIT_SHARE * row["step_seconds"])
 
 
+def _nothing_trained(row: Row) -> Iterator[str]:
+    """Yield reasons why no response of a phase carries loss, the likeliest first."""
+    if row.get("no_token_share"):
+        yield (
+            "the agents do not ask the policy, which answers at the address that they are given (docs/agents.md); "
+            "agent_output.log has what they printed"
+        )
+    if row.get("num_dropped_truncated"):
+        yield (
+            "responses are cut off at the limit, and algorithm.mask_truncated leaves these out (raise "
+            "rollout.max_response_tokens, or start from a model that ends its answers)"
+        )
+
+
 # Signs that a run learns nothing.
 NO_LEARNING = (
+    Sign(
+        seen=lambda row: row.get("num_trained_samples") == 0,
+        said=lambda row: (
+            f"no response of the last {STEPS} steps has a token that carries loss, so the weights stay as they are. "
+            f"{_listed(_nothing_trained(row))}"
+        ),
+    ),
     Sign(seen=_is_uniform, said=_uniform),
     Sign(
         seen=lambda row: row.get("reward_error_share", 0.0) > _ERROR_SHARE,

@@ -106,7 +106,7 @@ class Offloader:
         """Take the states that live in host memory off the device. offload_fraction: of the optimizer's states, at
         least so much is on the device only in a step. It needs megatron's distributed optimizer."""
         self._model, self._host = model, HostMemory()
-        self._parts = [part for part in optimizer.chained_optimizers if not getattr(part, "is_stub_optimizer", False)]
+        self._parts = trained_parts(optimizer)
         self._residents: dict[int, Tensor] = {}  # by id, parameters whose states live in host memory
         if offload_fraction:
             parameters = [p for part in self._parts for p in _parameters(part)]
@@ -205,6 +205,20 @@ class Offloader:
             piece.append(p)
         if piece:
             yield piece
+
+
+def trained_parts(optimizer: Any) -> list[Any]:
+    """Return those of megatron's chained optimizers that train something on this pipeline stage. With expert
+    parallelism there is one for dense and one for expert parameters, and adapters may leave either without any, on all
+    stages or on some: then it has no state that could be saved, and is not even whole."""
+
+    def trains(part: Any) -> bool:
+        if getattr(part, "is_stub_optimizer", False):
+            return False
+        buffers = getattr(part, "buffers", None)  # of whole parameters, where ranks share these
+        return bool(_parameters(part)) if buffers is None else any(buffer.param_index_map for buffer in buffers)
+
+    return [part for part in optimizer.chained_optimizers if trains(part)]
 
 
 def _parameters(part: Any) -> list[Tensor]:

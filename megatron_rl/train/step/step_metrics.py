@@ -83,9 +83,9 @@ class MetricAccumulator:
         return int(self._sums[0])
 
     def metrics(self, denominator: float) -> dict[str, float]:
-        """Return the loss (divided by the denominator), the means per loss token, and NAME_STATISTIC for each
-        distribution."""
-        means = (self._sums[2:] / max(1, self.num_tokens)).tolist()
+        """Return the loss (divided by the denominator), the means per loss token (no number where there is none), and
+        NAME_STATISTIC for each distribution."""
+        means = (self._sums[2:] / self._sums[0]).tolist()
         found = {"loss": float(self._sums[1]) / denominator, **dict(zip(self._reports.means, means, strict=True))}
         for name, statistics in self._reports.distributions.items():
             found |= {f"{name}_{kind}": self._distributions[name].statistic(kind) for kind in statistics}

@@ -50,7 +50,7 @@ device.import_megatron()
 from megatron.core import optimizer as megatron_optimizer  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads  # noqa: E402
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer  # noqa: E402
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.utils import get_attr_wrapped_model  # noqa: E402
@@ -89,8 +89,7 @@ class Trainer:
         self._rotary = frequencies(model.architecture.rotary, model.architecture.head_dim)
         self._control = control
         clipping.install()
-        # Torch's AdamW, also where Transformer Engine or apex is installed: theirs have not run here.
-        megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
+        _use_torchs_adam()
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -173,7 +172,8 @@ class Trainer:
         """Run forward, backward and one optimizer update over this rank's micro-batches.
 
         Every data-parallel rank calls this with equally many micro-batches. The learning rate is the schedule's; log-
-        probabilities are those of logits / temperature.
+        probabilities are those of logits / temperature. Where no token of any rank carries loss, weights and schedule
+        stay as they are: Adam's moments alone would move them.
         """
         sums = [[size.num_tokens, size.num_places, int(size.traced)] for size in sizes_of(batches)]
         counts = torch.tensor(sums).sum(0)
@@ -195,7 +195,9 @@ class Trainer:
         traced_logprobs = self._gather_traced(kept) if num_traced else {}
         metrics = tally.metrics(denominator) | self._router_metrics(num_tokens)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        grad_norm, updated = self._update(math.isfinite(metrics["loss"]))
+        grad_norm, updated = 0.0, True
+        if tally.num_tokens:
+            grad_norm, updated = self._update(math.isfinite(metrics["loss"]))
         if self.model.lora is not None and self.model.dtype == torch.bfloat16:
             self.model.gather_weights()
             metrics |= rounding_of_merged(self.model.chunks, self._control)
@@ -362,6 +364,17 @@ class Trainer:
         tally.add(terms, len(batch.targets))
         kept = {} if batch.traced is None else {"traced": (batch.traced, logprobs.detach()[batch.traced.index])}
         return terms.total / denominator, torch.ones([], dtype=torch.int), kept
+
+
+def _use_torchs_adam() -> None:
+    """Take torch's AdamW, also where Transformer Engine or apex is installed: theirs have not run here. One of
+    megatron's modules makes the optimizer by what is installed; another one looks by that for the number of steps,
+    which theirs keep elsewhere, and finds none in torch's when a checkpoint is saved or loaded."""
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
+    for name in ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "USING_APEX_OPTIMIZER"):
+        if not hasattr(distrib_optimizer, name):
+            raise ImportError(f"{distrib_optimizer.__name__} has no {name}: this megatron-core counts steps otherwise")
+        setattr(distrib_optimizer, name, False)
 
 
 def _finalize_gradients(chunks: Sequence[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
