@@ -479,7 +479,7 @@ def _never_filled(shortfall: Shortfall, found: Collected, after: str) -> ValueEr
         return ValueError(
             f"no response of {len(found.kept)} groups has a token that the policy sampled, so the phase has nothing to "
             "train: the agents do not ask the policy, which answers at the address that they are given "
-            "(docs/agents.md); agent_output.log in the run's directory has what they printed"
+            "(docs/agents.md; `megatron-rl rollout` tries them)"
         )
     return ValueError(
         f"the rollout phase still lacks {shortfall.missing:g} {shortfall.unit}"

@@ -117,10 +117,7 @@ def _waits_for_rewards(row: Row) -> bool:
 def _nothing_trained(row: Row) -> Iterator[str]:
     """Yield reasons why no response of a phase carries loss, the likeliest first."""
     if row.get("no_token_share"):
-        yield (
-            "the agents do not ask the policy, which answers at the address that they are given (docs/agents.md); "
-            "agent_output.log has what they printed"
-        )
+        yield "the agents do not ask the policy, which answers at the address that they are given (docs/agents.md)"
     if row.get("num_dropped_truncated"):
         yield (
             "responses are cut off at the limit, and algorithm.mask_truncated leaves these out (raise "
