@@ -169,6 +169,20 @@ async def leaves_a_daemon(task, model):
     return 1.0
 
 
+async def needs_its_daemon(task, model):
+    asked, answered = os.pipe(), os.pipe()
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.write(answered[1], os.read(asked[0], 5))
+        os._exit(0)
+    os.wait()
+    await asyncio.sleep(3)  # what is not an agent's is ended within a second
+    os.close(answered[1])
+    os.write(asked[1], b"there")
+    return float(os.read(answered[0], 5) == b"there")
+
+
 async def forks_and_returns_twice(task, model):
     os.fork()
     return 1.0

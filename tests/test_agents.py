@@ -189,7 +189,7 @@ TOO_LONG = ["hangs", "blocks", "ignores_signals"]
 ENDED = ["talks_for_ever", "catches_everything"]
 ALL_RIGHT = [
     *("closes_at_once", "changes_history", "leaves_a_process", "leaves_a_daemon", "forks_and_returns_twice"),
-    *("starts_threads", "reads_the_runs_lines"),
+    *("starts_threads", "reads_the_runs_lines", "needs_its_daemon"),
 ]
 
 

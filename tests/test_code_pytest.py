@@ -191,9 +191,10 @@ def test_programs_that_solve_nothing_are_wrong(user):
     def verdicts():
         runner.cache_clear()
         tests = {"type": "pytest", "test": ATTACKED}
-        return {name: judge(source + STACK, tests).reason for name, source in HACKS.items()}
+        judged = {name: judge(source + STACK, tests) for name, source in HACKS.items()}
+        return {name: (judgement.reason, judgement.details) for name, judgement in judged.items()}
 
-    assert as_user(user, verdicts) == dict.fromkeys(HACKS, "wrong")
+    assert {name: told for name, told in as_user(user, verdicts).items() if told[0] != "wrong"} == {}
 
 
 def test_a_stack_that_equals_everything_is_wrong():

@@ -32,7 +32,6 @@ from megatron_rl.gateway.protocol import (
     BASE_URL,
     RESULT_FILE,
     TASK_FILE,
-    TRAJECTORY,
     End,
     Order,
     Outcome,
@@ -150,7 +149,6 @@ class Host:
         return {
             BASE_URL: order.base_url,
             API_KEY: order.api_key,
-            TRAJECTORY: order.id,
             TASK_FILE: str(folder / "task.json"),
             RESULT_FILE: str(folder / "result.json"),
             "TMPDIR": str(folder),
@@ -267,26 +265,12 @@ class Host:
         return Outcome(id=agent.id, error=why) if why else outcome
 
     def _end_orphans(self) -> None:
-        """End processes that this one has inherited and that belong to no agent's group any more, unless their agent
-        runs and has started them as programs."""
-        known = {agent.pid for agent in self._agents.values()}
-        for pid in _children():
-            if pid in known:
-                continue
-            if not self._is_of_a_running_agent(pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        """End processes that this one has inherited: what agents that have ended had started outside of their group."""
+        for pid in set(_children()) - {agent.pid for agent in self._agents.values()}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
-
-    def _is_of_a_running_agent(self, pid: int) -> bool:
-        try:
-            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        except OSError:
-            return False
-        mark = f"{TRAJECTORY}=".encode()
-        names = {value[len(mark) :].decode(errors="replace") for value in environment if value.startswith(mark)}
-        return not names.isdisjoint(self._agents)
 
     def _keep_output(self, agent: _Agent, error: str) -> None:
         with contextlib.suppress(OSError), open(self._setup.output, "ab") as file:
@@ -311,9 +295,12 @@ def _why_no_verdict(outcome: Outcome, passing_score: float) -> str:
 
 
 def _leave_host() -> None:
-    """Give a new child a session and group of its own, an end with this process, and limits."""
+    """Give a new child a session and group of its own, an end with this process, and limits. It inherits what its own
+    children leave behind, so that all that it has started is below it while it runs, and comes to the host afterwards."""
     os.setsid()
-    ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    prctl = ctypes.CDLL(None).prctl
+    prctl(_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    prctl(_SET_SUBREAPER, 1, 0, 0, 0)
     import resource
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

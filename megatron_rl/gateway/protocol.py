@@ -11,7 +11,7 @@ from typing import Any
 
 # An agent finds these variables in its environment.
 BASE_URL, API_KEY = "OPENAI_BASE_URL", "OPENAI_API_KEY"
-TASK_FILE, RESULT_FILE, TRAJECTORY = "MEGATRON_RL_TASK", "MEGATRON_RL_RESULT", "MEGATRON_RL_TRAJECTORY"
+TASK_FILE, RESULT_FILE = "MEGATRON_RL_TASK", "MEGATRON_RL_RESULT"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
