@@ -295,8 +295,8 @@ def _why_no_verdict(outcome: Outcome, passing_score: float) -> str:
 
 
 def _leave_host() -> None:
-    """Give a new child a session and group of its own, an end with this process, and limits. It inherits what its own
-    children leave behind, so that all that it has started is below it while it runs, and comes to the host afterwards."""
+    """Give a new child a session and group of its own, an end with this process, and limits. It inherits what its
+    children leave behind: all that it has started is below it while it runs, and comes to the host afterwards."""
     os.setsid()
     prctl = ctypes.CDLL(None).prctl
     prctl(_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
