@@ -194,7 +194,8 @@ class ServerGroups:
         self._supervisors = [s.supervisor for s in (servers, teachers) if s is not None and s.supervisor is not None]
         self.rewards = Rewards(config.reward, config.run_dir)
         lost = partial(disk_fault, config, "groups of this phase are not kept for a resume")
-        self._journal = Journal(config.run_dir / "journal", journal_identity(config, layout, self._stream.digest), lost)
+        kept_in, identity = config.run_dir / "journal", journal_identity(config, layout, self._stream.digest)
+        self._journal = Journal(kept_in, identity, lost)
         routed = routed_shape(architecture) if config.rollout.router_replay else None
         self.pool = _pool_of(servers, routed)
         self._teachers = None if teachers is None else _pool_of(teachers, keeps_weights=True)
@@ -220,9 +221,7 @@ class ServerGroups:
         if not config.rollout.has_agent:
             self._sampler = Sampler(*how, architecture.eos_token_ids, self._journal, teacher=self._teacher)
             return
-        self._turns = TurnJournal(
-            config.run_dir / "journal", journal_identity(config, layout, self._stream.digest), lost
-        )
+        self._turns = TurnJournal(kept_in, identity, lost)
         settings = agent_settings(
             config.model.path, architecture, config.run_dir, config.reward.passing_score, config.data
         )
