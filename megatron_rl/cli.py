@@ -23,7 +23,7 @@ from megatron_rl.launch import run_ranks
 from megatron_rl.locales import use_utf8
 from megatron_rl.open_files import raise_open_files
 from megatron_rl.place import has_rank, own_place, remedy
-from megatron_rl.terminal import configure_logging, say
+from megatron_rl.terminal import LOG_LEVELS, configure_logging, say
 
 _SET = "Override a configuration key. May be given several times."
 _LONG = ("train", "sft", "evaluate", "rollout", "select", "serve")
@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     quieten_libraries()
 
     def run() -> int:
+        check_environment()
         if arguments.command in _LONG and os.environ.get("RANK", "0") == "0" and not lifeline.is_own_rank():
             say(f"megatron-rl {arguments.command} {arguments.config}")  # what comes next may take a while
         lifeline.watch_parent()
@@ -56,6 +57,14 @@ def main(argv: list[str] | None = None) -> int:
     if hasattr(arguments, "nproc") and has_rank():
         end_rank(code)
     return code
+
+
+def check_environment() -> None:
+    """Raise ValueError for a variable of ours with a value that would be ignored."""
+    level, forced = os.environ.get("MEGATRON_RL_LOG", "").lower(), os.environ.get("MEGATRON_RL_DEVICE", "")
+    for name, value, known in (("MEGATRON_RL_LOG", level, LOG_LEVELS), ("MEGATRON_RL_DEVICE", forced, ("cpu",))):
+        if value and value not in known:
+            raise ValueError(f"the variable {name} is {value!r}; set it to {' or '.join(known)}, or take it out")
 
 
 def quieten_libraries() -> None:

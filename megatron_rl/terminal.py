@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import TextIO
 
 COLUMNS = 80
+LOG_LEVELS = ("debug", "info", "warning", "error")
 _STEPS_FOR_ETA = 20
 
 
@@ -30,8 +31,8 @@ def configure_logging(stream: TextIO) -> None:
     wrong.setLevel(logging.WARNING)
     wrong.setFormatter(_Warning())
     logging.basicConfig(level=logging.WARNING, handlers=[normal, wrong], format="%(message)s")
-    level = os.environ.get("MEGATRON_RL_LOG", "INFO").upper()
-    logging.getLogger("megatron_rl").setLevel(level if level in logging.getLevelNamesMapping() else logging.INFO)
+    level = os.environ.get("MEGATRON_RL_LOG", "").lower()
+    logging.getLogger("megatron_rl").setLevel(level.upper() if level in LOG_LEVELS else logging.INFO)
 
 
 class _Lines(logging.StreamHandler[TextIO]):

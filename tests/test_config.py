@@ -147,6 +147,8 @@ def test_a_misspelt_required_key_is_told_alone(tmp_path: Path, name: str, misspe
         ("rollout.agent_command=python agent.py", r"agent_command: must be a list, in brackets, got 'python agent.py'"),
         ("reward.domains=math", r"reward.domains: must be a table, got 'math'"),
         ("train=5", r"train: must be a table, got 5"),
+        ("run_dir=''", r"run_dir: must name a file or a folder, got an empty text"),
+        ("model.path=''", r"model.path: must name a file or a folder, got an empty text"),
         ("algorithm.name=ppo", r"algorithm.name: .*'c3po', 'grpo', .* or 'reinforce_pp', got 'ppo'"),
         (
             "reward.overlong_buffer_tokens=65",

@@ -76,6 +76,8 @@ def test_each_problem_names_what_is_wrong_and_a_remedy(start_of, tmp_path: Path)
             assert remedy in problem, name
             with pytest.raises(ValueError, match="(?s).+"):
                 check_start(start)
+    (problem,) = found_by("run_dir", start_of(f"run_dir={tmp_path}/model/../model"))
+    assert problem.endswith("is the folder of the model; set it to another one")
     # 3 layers x 2 experts x 16/3 bytes are 32 of a token: 25.6 GB.
     (problem,) = found_by("layout", start_of("rollout.router_replay=true", "budget.tokens=800000000"))
     assert "sends 25.6 GB through rank 0" in problem

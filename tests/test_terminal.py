@@ -11,6 +11,7 @@ import pytest
 from rank_zero import config_of
 from tiny_model import TINY_CONFIG
 
+from megatron_rl.cli import check_environment
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.lora import LoraSection
 from megatron_rl.errors import EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, EXIT_STOPPED, StopRequested, exit_code
@@ -164,3 +165,24 @@ def test_a_command_says_something_before_it_imports_anything_heavy(tmp_path: Pat
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout == f"[] megatron-rl train {tmp_path}/no.toml\n"
     assert "no.toml does not exist" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("MEGATRON_RL_LOG", "debgu", "MEGATRON_RL_LOG is 'debgu'; set it to debug or info or warning or error, or"),
+        ("MEGATRON_RL_DEVICE", "CPU", "MEGATRON_RL_DEVICE is 'CPU'; set it to cpu, or take it out"),
+    ],
+)
+def test_a_variable_with_a_value_that_would_be_ignored_is_refused(
+    name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=said):
+        check_environment()
+    monkeypatch.setenv(name, "")
+    monkeypatch.delenv("MEGATRON_RL_DEVICE", raising=False)
+    check_environment()
+    monkeypatch.setenv("MEGATRON_RL_LOG", "DEBUG")
+    monkeypatch.setenv("MEGATRON_RL_DEVICE", "cpu")
+    check_environment()

@@ -201,6 +201,8 @@ def _run_dir(start: Start) -> Iterator[str]:
         yield f"run_dir {config.run_dir} cannot be made ({error.strerror}); set it to another folder"
     if not os.access(config.run_dir, os.W_OK | os.X_OK):
         yield f"run_dir {config.run_dir} is not writable; set it to another folder"
+    if isinstance(config, RunConfig) and config.run_dir.resolve() == config.model.path.resolve():
+        yield f"run_dir {config.run_dir} is the folder of the model; set it to another one"
     if start.trains and (config.run_dir / "checkpoints/latest").exists() and not start.resume:
         yield f"{config.run_dir} holds a run; add --resume to continue it, or set run_dir to a new folder"
     if isinstance(config, SftConfig):
