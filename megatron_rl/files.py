@@ -122,6 +122,12 @@ def whole_file(path: Path, *, mode: int = 0o666, is_durable: bool = False) -> It
         raise
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text into a file, all of it or nothing: see `whole_file`."""
+    with whole_file(path) as file:
+        file.write(text)
+
+
 def replace_directory(source: Path, destination: Path) -> None:
     """Rename `source` to `destination`. An old `destination` is moved aside first and deleted after."""
     old = _moved_aside(destination)

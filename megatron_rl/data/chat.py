@@ -51,7 +51,7 @@ def load_tokenizer(model_dir: str | Path) -> "PreTrainedTokenizerBase":
         ) from error
     # transformers makes a tokenizer of special tokens alone (Gemma's has a mask besides) where a class is named and its
     # vocabulary is not there.
-    if len(set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab())) <= 1:
+    if len(tokenizer) - len(tokenizer.get_added_vocab()) <= 1:
         raise ValueError(
             f"{model_dir}: the tokenizer has special tokens alone, so it would leave all text out; fetch its "
             "vocabulary: tokenizer.json, tokenizer.model, or vocab.json and merges.txt"

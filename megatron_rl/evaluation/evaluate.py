@@ -29,7 +29,7 @@ from megatron_rl.evaluation.responses import Judged, as_line, judged_rows
 from megatron_rl.evaluation.results import BenchmarkResult, finite
 from megatron_rl.evaluation.settings import checked_settings, settings_of
 from megatron_rl.evaluation.weights import served_model
-from megatron_rl.files import whole_file
+from megatron_rl.files import whole_file, write_whole
 from megatron_rl.locks import sole_writer
 from megatron_rl.reward.rewards import Rewards
 from megatron_rl.reward.score import Attempt
@@ -214,10 +214,8 @@ def _write(
         },
         "settings": settings,
     }
-    texts = {"results.json": json.dumps(finite(record), indent=1), "results.md": markdown(results, model)}
-    for name, text in texts.items():
-        with whole_file(folder / name) as file:
-            file.write(text)
+    write_whole(folder / "results.json", json.dumps(finite(record), indent=1))
+    write_whole(folder / "results.md", markdown(results, model))
     show(results, model)
 
 

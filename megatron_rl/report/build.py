@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rl.files import whole_file
+from megatron_rl.files import write_whole
 from megatron_rl.report.curves import bin_width, curves
 from megatron_rl.report.families import groups, offsets, parents
 from megatron_rl.report.follow import run_follow
@@ -55,8 +55,7 @@ def run_report(
     if output.is_dir() or not output.parent.is_dir():
         raise ValueError(f"--output must be a file in a folder that exists, got {output}")
     page = render(page_data(runs, steps_shown, evaluation))
-    with whole_file(output) as file:
-        file.write(page)
+    write_whole(output, page)
     log.info("wrote %s, %.1f MB; open it in a browser", output, len(page) / 1e6)
     return 0
 

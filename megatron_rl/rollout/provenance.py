@@ -11,7 +11,7 @@ from megatron_rl.config.agents import AGENT_KEYS, AgentKeys
 from megatron_rl.config.algorithm import AlgorithmSection
 from megatron_rl.config.distillation import DistillationSection
 from megatron_rl.config.reward import RewardSection
-from megatron_rl.files import whole_file
+from megatron_rl.files import write_whole
 from megatron_rl.own_functions import is_own, source_digest
 from megatron_rl.parsing import read_json
 
@@ -69,8 +69,7 @@ def settings_of_agents(rollout: AgentKeys) -> dict[str, Any]:
 
 def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
-        file.write(json.dumps(settings, indent=1))
+    write_whole(path, json.dumps(settings, indent=1))
 
 
 def read_settings(path: Path, keys: Collection[str], remedy: str = ANOTHER_OUTPUT) -> dict[str, Any]:

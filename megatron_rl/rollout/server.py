@@ -18,7 +18,7 @@ import httpx
 
 from megatron_rl.config.rollout import GenerationSection, RolloutSection
 from megatron_rl.families import Architecture, family_of, load_architecture
-from megatron_rl.files import whole_file
+from megatron_rl.files import write_whole
 from megatron_rl.gpus import gpu_shares, visible_gpus, without_expandable_segments
 from megatron_rl.keys import bearer, without_secrets
 from megatron_rl.proxies import without_proxy
@@ -81,8 +81,8 @@ class GenerationServer:
         with contextlib.suppress(BrokenPipeError):  # it has ended already, and `wait_ready` tells
             self._process.stdin.write(f"{key}\n".encode())
             self._process.stdin.flush()
-        with whole_file(log_path.with_suffix(".pid")) as file:  # whoever waits for a new one never reads half of it
-            file.write(str(self._process.pid))
+        # Whoever waits for a new one never reads half of it.
+        write_whole(log_path.with_suffix(".pid"), str(self._process.pid))
 
     @property
     def url(self) -> str:

@@ -12,7 +12,7 @@ from typing import Self
 
 from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.errors import Fault
-from megatron_rl.files import whole_file
+from megatron_rl.files import write_whole
 from megatron_rl.keys import new_key
 from megatron_rl.rollout.server import GenerationServer, idle_gpus, server_gpus, server_starter
 
@@ -40,8 +40,7 @@ class _Kept:
 def wish(folder: Path, url: str, reason: str) -> None:
     """Ask the node of the server at `url` to start it again, by a file in a folder that both see."""
     folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(_wish_path(folder, url)) as file:
-        file.write(reason)
+    write_whole(_wish_path(folder, url), reason)
 
 
 def _wish_path(folder: Path, url: str) -> Path:

@@ -16,7 +16,7 @@ from megatron_rl.data.prompt_tokens import PromptTokens
 from megatron_rl.data.prompts import Prompt
 from megatron_rl.errors import Fault
 from megatron_rl.families import load_architecture
-from megatron_rl.files import link_directory, whole_file
+from megatron_rl.files import link_directory, write_whole
 from megatron_rl.locks import sole_writer
 from megatron_rl.rollout.append_log import find_groups, told_of_resume
 from megatron_rl.rollout.sample import check_claim, claim, sample_questions, sampling_settings
@@ -163,10 +163,8 @@ def _conclude(config: SelectConfig, measured: Sequence[Measured]) -> None:
     link = config.run_dir / "chosen"
     if chosen is None:
         link.unlink(missing_ok=True)  # an earlier choice does not belong to these results
-    texts = {"results.json": json.dumps(record, indent=1), "results.md": markdown(measured, chosen, title, said)}
-    for name, text in texts.items():
-        with whole_file(config.run_dir / name) as file:
-            file.write(text)
+    write_whole(config.run_dir / "results.json", json.dumps(record, indent=1))
+    write_whole(config.run_dir / "results.md", markdown(measured, chosen, title, said))
     show(measured, chosen, title, said)
     if chosen is None:
         raise ValueError(

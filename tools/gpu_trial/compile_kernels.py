@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -145,12 +146,12 @@ def main() -> int:
     packages = ("torch", "flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl")
     kernels: dict[str, Any] = {}
     for model, shape in ATTENTION.items():
-        attempt(kernels, f"attention of {model}", lambda shape=shape: compile_attention(*shape))  # type: ignore[misc]
+        attempt(kernels, f"attention of {model}", partial(compile_attention, *shape))
     for model, widths in EXPERTS.items():
-        attempt(kernels, f"experts of {model}", lambda widths=widths: compile_product(*widths))  # type: ignore[misc]
+        attempt(kernels, f"experts of {model}", partial(compile_product, *widths))
     # A check that cannot fail would show nothing.
-    attempt(kernels, "attention with a head_dim of 12", lambda: compile_attention(4, 2, 12), refused=True)
-    attempt(kernels, "experts, not transposed", lambda: compile_product(6, 64, 128, transposed=False), refused=True)
+    attempt(kernels, "attention with a head_dim of 12", partial(compile_attention, 4, 2, 12), refused=True)
+    attempt(kernels, "experts, not transposed", partial(compile_product, 6, 64, 128, transposed=False), refused=True)
     print(json.dumps({"target": "sm_90a", "versions": {name: version(name) for name in packages}, "kernels": kernels}))
     return 1 if any("failed" in row for row in kernels.values()) else 0
 

@@ -21,7 +21,7 @@ from megatron_rl.data.curation.rules import RULES
 from megatron_rl.data.curation.sources import files_of, parsed, pieces_of
 from megatron_rl.data.judged import BY_FORMULAS, doubts
 from megatron_rl.data.prompts import Prompt
-from megatron_rl.files import whole_file
+from megatron_rl.files import write_whole
 
 _LOOKED_AT = 1000
 _GUESSED_BY = 100
@@ -135,6 +135,5 @@ def _written(path: Path, pattern: str, keys: Mapping[str, Any]) -> str:
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise ValueError(f"{path} exists and says something else; remove it, or name another with --output")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
-        file.write(text)
+    write_whole(path, text)
     return f"{path}:\n{text}\nCorrect it where it is wrong (docs/data.md has the keys), then: {command}"

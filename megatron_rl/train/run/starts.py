@@ -15,7 +15,7 @@ from typing import Any
 from megatron_rl.config.load import dump_config
 from megatron_rl.config.reference import REQUIRED, as_toml, flattened, keys_of, told
 from megatron_rl.config.schema import RunConfig
-from megatron_rl.files import whole_file
+from megatron_rl.files import write_whole
 from megatron_rl.parsing import parse_toml, read_text
 
 log = logging.getLogger(__name__)
@@ -60,8 +60,7 @@ def record_start(config: RunConfig, step: int, resume: bool) -> list[Change]:
     number = 1 + max((number for number, _, _ in _files(folder)), default=0)
     text = dump_config(config)
     for file_path in (folder / f"start_{number}_step_{step}.toml", path):
-        with whole_file(file_path) as file:
-            file.write(text)
+        write_whole(file_path, text)
     changes = [] if before is None else differences(before, dict(flattened(parse_toml(text))), type(config))
     if changes:
         log.info("changed since the last start: %s", "; ".join(map(str, changes)))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_rl.config.schema import RunConfig
-from megatron_rl.files import whole_file
+from megatron_rl.files import write_whole
 from megatron_rl.parsing import read_text
 
 log = logging.getLogger(__name__)
@@ -254,8 +254,7 @@ def _run_id(config: RunConfig, resume: bool) -> str:
         return read_text(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     found = uuid.uuid4().hex[:12]
-    with whole_file(path) as file:
-        file.write(found)
+    write_whole(path, found)
     return found
 
 

@@ -9,7 +9,7 @@ import threading
 import time
 from pathlib import Path
 
-from megatron_rl.files import whole_file
+from megatron_rl.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +88,7 @@ class Watchdog:
         }
         path = self._run_dir / HEARTBEAT
         try:
-            with whole_file(path) as file:
-                file.write(json.dumps(found))
+            write_whole(path, json.dumps(found))
         except OSError as error:  # a full disk is for those to tell who lose something by it
             log.warning("%s cannot be written (%s)", path, error.strerror)
 
