@@ -29,8 +29,14 @@ _PRELOADED = [
 ]
 # Not multiprocessing's own, which workers of rewards may have started already with what they import.
 _server = forkserver.ForkServer()
-# torch and megatron_rl read these variables at import, so they must be set before the fork server imports.
-_AT_IMPORT = {"OMP_NUM_THREADS": "1", "MEGATRON_RL_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+# torch, megatron_rl and transformers read these variables at import, so they must be set before the fork server
+# imports. The last has the value that megatron-rl sets before it imports transformers.
+_AT_IMPORT = {
+    "OMP_NUM_THREADS": "1",
+    "MEGATRON_RL_DEVICE": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 
 
 def start(target: Callable[..., None], *arguments: Any) -> BaseProcess:
