@@ -260,32 +260,33 @@ def test_every_domain_is_selected_in_order_from_its_part_of_each_budget_and_from
     assert alone == select(lengths, order, budgets, cut)
 
 
+@pytest.mark.parametrize("shares", [SHARES, {ANY: 1.0}])
 @settings(max_examples=25, deadline=None)
 @given(
     phi=st.integers(60, 500),
-    num_steps=st.integers(1, 3),
+    num_steps=st.integers(1, 8),
     longest=st.fixed_dictionaries({domain: st.integers(5, 60) for domain in SHARES}),
     filtered=st.floats(0, 0.6),
     seed=st.integers(0, 10_000),
 )
 def test_refilling_gives_every_optimizer_step_exactly_its_part_of_every_domain(
-    phi: int, num_steps: int, longest: dict[str, int], filtered: float, seed: int
+    shares: dict[str, float], phi: int, num_steps: int, longest: dict[str, int], filtered: float, seed: int
 ) -> None:
     # Prompts of a domain bring two responses of up to `longest` tokens, or nothing where the group is filtered.
     dice = random.Random(seed)
     budgets = [phi] * num_steps
-    per_prompt = dict.fromkeys(SHARES, PromptYield())
+    per_prompt = dict.fromkeys(shares, PromptYield())
     carried: list[tuple[str, int]] = []
     for _ in range(3):
-        have = Counter({domain: sum(n for d, n in carried if d == domain) for domain in SHARES})
-        needs = shortfalls(budgets, SHARES, have, per_prompt, 60, 1.0)
+        have = Counter({domain: sum(n for d, n in carried if d == domain) for domain in shares})
+        needs = shortfalls(budgets, shares, have, per_prompt, 60, 1.0)
         fresh: list[tuple[str, int]] = []
         for need in needs:
 
             async def wave(count: int, domain: str = need.domain) -> list[Group]:
                 return [
                     Group(
-                        prompt_id=i, samples=tuple(make_sample(i, j, dice.randint(1, longest[domain])) for j in (0, 1))
+                        prompt_id=i, samples=tuple(make_sample(i, j, dice.randint(1, longest.get(domain, 60))) for j in (0, 1))
                     )
                     for i in range(count)
                 ]
@@ -296,12 +297,12 @@ def test_refilling_gives_every_optimizer_step_exactly_its_part_of_every_domain(
         candidates = [*carried, *fresh]
         order = selection_order(len(carried), [2] * (len(fresh) // 2), seed)
         domains = [domain for domain, _ in candidates]
-        selection = select_by_domain([n for _, n in candidates], domains, order, budgets, SHARES)
+        selection = select_by_domain([n for _, n in candidates], domains, order, budgets, shares)
         for step in selection.steps:
             tokens: Counter[str] = Counter()
             for pick in step:
                 tokens[domains[pick.index]] += pick.num_loss_tokens
-            assert tokens == apportion(phi, SHARES)
+            assert tokens == apportion(phi, shares)
             assert tokens.total() == phi
         carried = [candidates[i] for i in selection.left_over]
 

@@ -49,9 +49,23 @@ def test_without_refill_a_phase_asks_for_prompts_and_may_be_short(tmp_path):
 def test_two_optimizer_steps_of_a_phase_get_one_budget_each(tmp_path):
     source = FakeGroups(length=30)
     plan, metrics = collector_of(config_of(tmp_path, "algorithm.optimizer_steps_per_rollout=2"), source).collect(0)
-    assert source.asked == [(0, [400])]
+    # A response that ends the first budget may have up to 49 of its 50 tokens beyond it.
+    assert source.asked == [(0, [400 + 49])]
     assert loss_tokens(plan) == [200, 200]
     assert metrics["budget_use"] == 1.0
+
+
+def test_carried_responses_may_be_longer_than_a_limit_that_was_lowered(tmp_path):
+    two = "algorithm.optimizer_steps_per_rollout=2"
+    before, after = FakeGroups(length=50), FakeGroups(length=20)
+    collector = collector_of(config_of(tmp_path, two), before)
+    collector.collect(0)
+    state, carried = collector.state()
+    resumed = collector_of(config_of(tmp_path, two, "rollout.max_response_tokens=20"), after)
+    resumed.restore(state, carried)
+    plan, _ = resumed.collect(1)
+    assert after.asked == [(1, [400 + 49 - 50 * (2 * before.next - 8)])]  # eight responses fill two budgets
+    assert loss_tokens(plan) == [200, 200]
 
 
 def test_what_waited_longer_than_allowed_is_dropped_and_sampled_anew(tmp_path):

@@ -230,9 +230,8 @@ def shortfalls(
     carried: tokens that are there already. per_prompt: what prompts brought up to the last phase. Both are by domain,
     as shares are. longest: tokens of the longest response. margin: see `Shortfall`.
     """
-    # A response that crosses the budget of one optimizer step leaves fewer tokens for the next. Without domains no
-    # spare is asked for: the last step may be short.
-    spare = 0 if ANY in shares else (len(budgets) - 1) * (longest - 1)
+    # A response that crosses the budget of one optimizer step leaves fewer tokens for the next.
+    spare = (len(budgets) - 1) * (longest - 1)
     parts = [apportion(budget, shares) for budget in budgets]
     return [
         Shortfall(

@@ -145,9 +145,11 @@ class Collector:
         if not self._refill:
             return [Shortfall(unit="groups", missing=self._config.rollout.prompts_per_step)]
         tokens: Counter[str] = Counter()
-        for sample in carried:
-            tokens[self._domain_of(sample.response.prompt_id)] += sample.response.num_policy_tokens
         longest = self._config.rollout.max_response_tokens
+        for sample in carried:
+            num_tokens = sample.response.num_policy_tokens
+            tokens[self._domain_of(sample.response.prompt_id)] += num_tokens
+            longest = max(longest, num_tokens)  # sampled before the limit was lowered
         return shortfalls(self._budgets, self._shares, tokens, self._per_prompt, longest, self._config.budget.margin)
 
     def _domain_of(self, position: int) -> str:
