@@ -105,6 +105,23 @@ def test_a_restored_collector_plans_what_the_first_would_have(tmp_path):
     assert [s.id for s in plans[0].samples] == [s.id for s in plans[1].samples]
 
 
+@pytest.mark.parametrize(("coefficient", "is_told"), [(0.001, True), (0.0, False)])
+def test_other_weights_of_the_reference_policy_are_told_at_a_resume(tmp_path, caplog, coefficient, is_told):
+    (tmp_path / "model").mkdir()
+    weights = tmp_path / "model/model-00001-of-00002.safetensors"
+    weights.write_bytes(b"12345")
+    config = config_of(tmp_path, f"algorithm.kl_coefficient={coefficient}", f"model.path={tmp_path}/model")
+    state, carried = collector_of(config, FakeGroups()).state()
+    state = json.loads(json.dumps(state))
+    collector_of(config, FakeGroups()).restore(state, carried)
+    (tmp_path / "model/README.md").write_text("not weights", encoding="utf-8")
+    assert caplog.text == ""
+    weights.write_bytes(b"123456789")
+    collector_of(config, FakeGroups()).restore(state, carried)
+    said = "model-00001-of-00002.safetensors was '5 bytes of "
+    assert (said in caplog.text) == ("algorithm.kl_coefficient measures" in caplog.text) == is_told
+
+
 @pytest.mark.parametrize("choice", ["stop", "continue"])
 def test_a_full_disk_ends_a_run_before_its_next_checkpoint_or_costs_only_the_file(tmp_path, monkeypatch, choice):
     def full(*_):

@@ -15,7 +15,7 @@ from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.records import Group, Sample
 from megatron_rl.rollout.archive import Carry, pack_carry, unpack_carry
-from megatron_rl.rollout.provenance import teacher_settings
+from megatron_rl.rollout.provenance import model_settings, teacher_settings, told_differences
 from megatron_rl.train.orchestrator.advantages import with_phase_advantages, with_teacher
 from megatron_rl.train.orchestrator.group_source import GroupSource, domain_of, domain_shares, saved_by_domain
 from megatron_rl.train.orchestrator.phase_metrics import Phase
@@ -44,7 +44,11 @@ class Collector:
 
     def state(self) -> tuple[dict[str, Any], bytes]:
         """Return what a checkpoint keeps: JSON, and carried samples and unfinished groups. `restore` takes both."""
-        state = {"per_prompt": self._per_prompt, "teacher": _teaching(self._config)}
+        state = {
+            "per_prompt": self._per_prompt,
+            "teacher": _teaching(self._config),
+            "reference": _reference(self._config),
+        }
         return {**self._source.state(), **state}, pack_carry(self._carry)
 
     def restore(self, state: dict[str, Any], carried: bytes) -> None:
@@ -59,6 +63,14 @@ class Collector:
                 len(self._carry.samples),
             )
             self._carry = Carry(unfinished=self._carry.unfinished)
+        before, now = state.get("reference"), _reference(self._config)
+        if before and now and (told := told_differences(before, now)):
+            log.warning(
+                "the weights of %s changed since this checkpoint was made: %s; algorithm.kl_coefficient measures the "
+                "distance to the new ones from now on",
+                self._config.model.path,
+                told,
+            )
 
     def collect(self, policy_version: int) -> tuple[Schedule, dict[str, Any]]:
         """Run one rollout phase under the token budget, and plan the train phase. Return the plan, and metrics.
@@ -169,3 +181,11 @@ def _teaching(config: RlConfig) -> dict[str, Any] | None:
     """Return what the advantages of a carried response depend on beside its reward; None without a teacher."""
     section = config.distillation
     return None if section is None else {"advantage": section.advantage, "model": teacher_settings(section)}
+
+
+def _reference(config: RlConfig) -> dict[str, str] | None:
+    """Return the files of weights that the KL term compares with; None without that term."""
+    if not config.algorithm.kl_coefficient:
+        return None
+    files = model_settings(config.model.path, config.model.dtype)["files"]
+    return {name: state for name, state in files.items() if name.endswith(".safetensors")}
