@@ -52,6 +52,7 @@ _MAX_OUTPUT_BYTES = 4 * 2**20
 _MAX_RESULT_BYTES = 2**16
 _MAX_LOG_BYTES = 16 * 2**20
 _MAX_OPEN_FILES = 4096
+_SCRIPTS = (".py", ".sh", ".js", ".mjs", ".ts", ".rb", ".pl")  # a word of a command that ends so is a file to run
 _SET_PDEATHSIG, _SET_SUBREAPER = 1, 36
 PARAMETERS = {
     "task": "the row: id, prompt, messages, answer, domain, meta, and a seed for what is random",
@@ -342,6 +343,12 @@ def load_agent(setup: Setup) -> Callable[..., Any] | None:
         if shutil.which(setup.command[0], path=os.environ.get("PATH")) is None:
             raise ValueError(
                 f"rollout.agent_command names the program {setup.command[0]!r}, which is not found; give its path"
+            )
+        script = next((word for word in setup.command[1:] if word.endswith(_SCRIPTS)), None)
+        if script is not None and not Path(setup.folder, script).is_file():
+            raise ValueError(
+                f"rollout.agent_command names the file {script!r}, which is neither beside the configuration nor in "
+                f"{setup.folder}; give its path"
             )
         return None
     function = load_function(setup.agent, "rollout.agent")
