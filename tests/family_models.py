@@ -1,6 +1,7 @@
 """Makes tiny models of every family by transformers' own classes, in odd shapes and with random weights."""
 
 from collections.abc import Iterable, Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ ROPES: dict[str, dict[str, Any]] = {
     },
 }
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+GLM = {
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "use_qk_norm": True,
+    "num_nextn_predict_layers": 0,
+    "rope_parameters": ROPES["default"] | {"partial_rotary_factor": 0.5},
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama, tied, one key-value head, llama3": (
@@ -56,6 +65,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         EXPERTS
         | {"head_dim": 24, "norm_topk_prob": False, "mlp_only_layers": [2], "decoder_sparse_step": 2}
         | {"num_hidden_layers": 5},
+    ),
+    "mistral": ("Mistral", {"sliding_window": None, "num_key_value_heads": 1}),
+    "mixtral-moe": ("Mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    "glm4-moe": ("Glm4Moe", GLM),
+    "glm4-moe, groups, biases, no norm of queries": (
+        "Glm4Moe",
+        GLM
+        | {"n_group": 3, "topk_group": 2, "use_qk_norm": False, "attention_bias": True, "head_dim": 24}
+        | {"num_hidden_layers": 4, "first_k_dense_replace": 2, "n_shared_experts": 2, "routed_scaling_factor": 2.5},
     ),
     "qwen3, tied, yarn": ("Qwen3", {"tie_word_embeddings": True, "rope_parameters": ROPES["yarn"]}),
 }
@@ -77,6 +95,9 @@ def make(case: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
                 parameter.add_(0.3 * torch.randn_like(parameter))
             else:
                 parameter.normal_(0.0, 1.5 * parameter.shape[-1] ** -0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(0.2 * torch.randn_like(buffer))
     model.save_pretrained(folder)
     return folder
 
@@ -110,16 +131,22 @@ def transformers_gradient(model: Any, spec: dict) -> dict[str, Tensor]:
         gain = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
         total = total - (gain + algorithm["entropy_coefficient"] * entropy).sum()
     (total / spec["budget"]).backward()
-    return dict(as_in_files((name, p.grad) for name, p in model.named_parameters()))
+    found = dict(as_in_files((name, p.grad) for name, p in model.named_parameters()))
+    return _as_mixtral(found) if model.config.model_type == "mixtral" else found
+
+
+def _as_mixtral(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = {".mlp.": ".block_sparse_moe.", ".gate_proj.": ".w1.", ".up_proj.": ".w3.", ".down_proj.": ".w2."}
+    return {reduce(lambda name, pair: name.replace(*pair), names.items(), name): t for name, t in tensors.items()}
 
 
 def as_in_files(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Yield tensors as files have them. transformers holds all experts of a layer in one tensor, but files do not."""
     for name, tensor in tensors:
-        before, fused, which = name.partition("experts.")
+        before, fused, which = name.partition(".experts.")
         for i, of_expert in enumerate(tensor if fused else ()):
             parts = of_expert.chunk(2) if which == "gate_up_proj" else (of_expert,)
             for part, kind in zip(parts, ("gate_proj", "up_proj") if len(parts) > 1 else (which,), strict=True):
-                yield f"{before}experts.{i}.{kind}.weight", part
+                yield f"{before}.experts.{i}.{kind}.weight", part
         if not fused:
             yield name, tensor

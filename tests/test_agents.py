@@ -298,7 +298,9 @@ def test_a_program_that_is_not_there_is_told_of_and_so_are_two_agents(tmp_path) 
     with pytest.raises(ValueError, match="names the program 'no-such-program', which is not found; give its path"):
         asyncio.run(check_agent(setup_of(rollout, tmp_path, 1.0)))
     script = rollout.model_copy(update={"agent_command": (sys.executable, "-u", "no_such_agent.py", "x.json")})
-    with pytest.raises(ValueError, match="names the file 'no_such_agent.py', which is neither beside .* nor in /.*; give"):
+    with pytest.raises(
+        ValueError, match="names the file 'no_such_agent.py', which is neither beside .* nor in /.*; give"
+    ):
         asyncio.run(check_agent(setup_of(script, tmp_path, 1.0)))
     with pytest.raises(ValueError, match="either agent or agent_command"):
         RolloutSection(

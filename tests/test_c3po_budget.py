@@ -286,7 +286,8 @@ def test_refilling_gives_every_optimizer_step_exactly_its_part_of_every_domain(
             async def wave(count: int, domain: str = need.domain) -> list[Group]:
                 return [
                     Group(
-                        prompt_id=i, samples=tuple(make_sample(i, j, dice.randint(1, longest.get(domain, 60))) for j in (0, 1))
+                        prompt_id=i,
+                        samples=tuple(make_sample(i, j, dice.randint(1, longest.get(domain, 60))) for j in (0, 1)),
                     )
                     for i in range(count)
                 ]

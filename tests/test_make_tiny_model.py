@@ -112,10 +112,11 @@ def test_bfloat16_weights_are_the_rounded_float32_weights(model_dir, tmp_path):
     assert all(torch.equal(rounded[name], exact[name].to(torch.bfloat16)) for name in EXPECTED)
 
 
-@pytest.mark.parametrize("family", ["bailing_moe_v2", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["bailing_moe_v2", "glm4_moe", "qwen3_moe"])
 def test_newer_families_with_experts_are_written_as_they_are_read(family, tmp_path):
     flags = {
         "bailing_moe_v2": ["--expert-groups", "2", "--shared-experts", "2"],
+        "glm4_moe": ["--expert-groups", "2", "--routed-scaling-factor", "2.5"],
         "qwen3_moe": ["--shared-experts", "0"],
     }
     assert make(tmp_path / "model", *SMALL, "--dtype", "bfloat16", "--family", family, *flags[family]).returncode == 0
@@ -125,11 +126,25 @@ def test_newer_families_with_experts_are_written_as_they_are_read(family, tmp_pa
         types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no dict
         assert set(types) == set(tensor_shapes(found))
         wide = {name for name, dtype in types.items() if dtype != "BF16"}
-        assert wide == {name for name in types if name.endswith("expert_bias")}
-        assert len(wide) == (2 if family == "bailing_moe_v2" else 0)
+        assert wide == {name for name in types if name.endswith(("expert_bias", "e_score_correction_bias"))}
+        assert len(wide) == (0 if family == "qwen3_moe" else 2)
         assert all(np.ptp(file.get_tensor(name)) > 0.01 for name in wide)
     refused = make(tmp_path / "none", "--family", "qwen3_moe", "--expert-groups", "2")
-    assert "--expert-groups is for --family bailing_moe_v2, got qwen3_moe" in refused.stderr
+    assert "--expert-groups is for --family bailing_moe_v2 and glm4_moe, got qwen3_moe" in refused.stderr
+
+
+def test_mistral_and_mixtral_are_written_as_they_are_read(tmp_path):
+    flags = ["--layers", "2", "--hidden-size", "64", "--experts", "4", "--moe-intermediate-size", "48"]
+    for family, widths in (("mistral", (128, 0)), ("mixtral", (0, 48))):
+        assert make(tmp_path / family, *flags, "--family", family).returncode == 0
+        found = load_architecture(tmp_path / family)
+        assert (found.family, found.intermediate_size, found.moe_intermediate_size) == (family, *widths)
+        with safe_open(tmp_path / family / "model.safetensors", framework="np") as file:
+            assert set(file.keys()) == set(tensor_shapes(found))
+    for flag in ("--shared-experts", "--first-k-dense-replace"):
+        assert (
+            f"{flag} must be 0 for --family mixtral" in make(tmp_path / "none", "--family", "mixtral", flag, "1").stderr
+        )
 
 
 def test_an_existing_directory_is_named_and_replaced_only_with_force(model_dir, tmp_path):

@@ -136,6 +136,8 @@ class BailingMoeV2Config(PretrainedConfig):
         self.rope_parameters = {"rope_type": "default", "rope_theta": rope_theta, **(scaling or {})}
         super().__init__(**kwargs)
 '''
+# The families whose routers have a bias for each expert, groups of experts and a factor.
+SIGMOID_ROUTERS = ("bailing_moe_v2", "glm4_moe")
 # transformers knows the other families.
 CONFIGURATION_MODULES = {
     "bailing_moe": ("BailingMoeConfig", CONFIGURATION_MODULE),
@@ -177,10 +179,13 @@ class TinyModel:
             raise ValueError(f"--norm-head is for --family bailing_moe, got {self.family}")
         own = {"expert_groups": 1, "top_expert_groups": 1, "routed_scaling_factor": 1.0}
         for name, value in own.items():
-            if getattr(self, name) != value and self.family != "bailing_moe_v2":
-                raise ValueError(f"--{name.replace('_', '-')} is for --family bailing_moe_v2, got {self.family}")
-        if self.shared_experts and self.family == "qwen3_moe":
-            raise ValueError("--shared-experts must be 0 for --family qwen3_moe, which has none")
+            if getattr(self, name) != value and self.family not in SIGMOID_ROUTERS:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} is for --family {' and '.join(SIGMOID_ROUTERS)}, got {self.family}")
+        if self.shared_experts and self.family in ("qwen3_moe", "mixtral"):
+            raise ValueError(f"--shared-experts must be 0 for --family {self.family}, which has none")
+        if self.first_k_dense_replace and self.family == "mixtral":
+            raise ValueError("--first-k-dense-replace must be 0 for --family mixtral, whose layers all have experts")
         if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
             raise ValueError(
                 f"--hidden-size must be an even multiple of --heads, got {self.hidden_size} and {self.heads}"
@@ -281,6 +286,38 @@ def _bailing_v2_fields(model: TinyModel) -> dict[str, Any]:
     }
 
 
+def _glm4_moe_fields(model: TinyModel) -> dict[str, Any]:
+    return {
+        "attention_bias": True,
+        "first_k_dense_replace": model.first_k_dense_replace,
+        "head_dim": model.head_dim,
+        "moe_intermediate_size": model.moe_intermediate_size,
+        "n_group": model.expert_groups,
+        "n_routed_experts": model.experts,
+        "n_shared_experts": model.shared_experts,
+        "norm_topk_prob": True,
+        "num_experts_per_tok": model.experts_per_token,
+        "num_nextn_predict_layers": 0,
+        "partial_rotary_factor": 0.5,
+        "routed_scaling_factor": model.routed_scaling_factor,
+        "topk_group": model.top_expert_groups,
+        "use_qk_norm": True,
+    }
+
+
+def _mistral_fields(model: TinyModel) -> dict[str, Any]:
+    return {"head_dim": model.head_dim, "sliding_window": None}
+
+
+def _mixtral_fields(model: TinyModel) -> dict[str, Any]:
+    return _mistral_fields(model) | {
+        "intermediate_size": model.moe_intermediate_size,
+        "num_experts_per_tok": model.experts_per_token,
+        "num_local_experts": model.experts,
+        "router_jitter_noise": 0.0,
+    }
+
+
 def _qwen3_moe_fields(model: TinyModel) -> dict[str, Any]:
     return _expert_fields(model) | {
         "head_dim": model.head_dim,
@@ -292,6 +329,9 @@ def _qwen3_moe_fields(model: TinyModel) -> dict[str, Any]:
 _FAMILY_FIELDS: dict[str, Callable[[TinyModel], dict[str, Any]]] = {
     "bailing_moe": _bailing_fields,
     "bailing_moe_v2": _bailing_v2_fields,
+    "glm4_moe": _glm4_moe_fields,
+    "mistral": _mistral_fields,
+    "mixtral": _mixtral_fields,
     "qwen3_moe": _qwen3_moe_fields,
 }
 

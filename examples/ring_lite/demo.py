@@ -34,6 +34,8 @@ FAMILIES = {
         *("--expert-groups", "4", "--top-expert-groups", "2", "--shared-experts", "1", "--first-k-dense-replace", "1"),
         *("--moe-intermediate-size", "96", "--routed-scaling-factor", "2.5"),
     ],
+    "glm4_moe": ["--shared-experts", "1", "--first-k-dense-replace", "1", "--routed-scaling-factor", "2.5"],
+    "mixtral": [],
     "qwen3_moe": [],
 }
 

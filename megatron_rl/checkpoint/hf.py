@@ -16,7 +16,7 @@ from megatron_rl.checkpoint.checksums import CHECKSUMS
 from megatron_rl.checkpoint.epochs import SFT_NOTE
 from megatron_rl.checkpoint.names import TensorMapping
 from megatron_rl.families import Architecture, family_of, tensor_shapes
-from megatron_rl.families.tensors import ROTARY_BUFFER
+from megatron_rl.families.fields import FURTHER_TOKENS
 from megatron_rl.files import INDEX, indexed_names, model_files, open_model_file
 from megatron_rl.parsing import parse_json
 from megatron_rl.tensor_bytes import as_bytes
@@ -67,10 +67,10 @@ class HfCheckpoint:
             self.dtypes[name] = DTYPES[found.get_dtype()]
 
     def _leave_out_copies(self, model: Architecture) -> None:
-        """Forget what some files hold beside the weights: a head that is the embedding, and rotary frequencies.
+        """Forget what some files hold beside the weights: a head that is the embedding, and what is left out anyway.
         ValueError for a head that is another one though config.json says that it is tied."""
         names = family_of(model).tensors
-        for name in [name for name in self._where if name.endswith(ROTARY_BUFFER)]:
+        for name in [name for name in self._where if names.is_left_out(name, model)]:
             del self._where[name]
         if model.tie_word_embeddings and names.head in self._where and names.embedding in self._where:
             if not torch.equal(self.read(names.head), self.read(names.embedding)):
@@ -213,8 +213,8 @@ def write_index(directory: Path, names_by_shard: list[list[str]], table: dict[st
 def copy_companions(source: Path, destination: Path, dtype: torch.dtype | None = None, **changes: Any) -> None:
     """Copy config.json, tokenizer files, chat template and code files, but nothing that tells of the weights of
     `source`. `dtype` replaces config.json's torch_dtype (transformers 5: dtype), and `changes` replaces other fields.
-    Where nothing differs config.json stays byte for byte. ValueError, before any is copied, for a file that leads out
-    of `source`."""
+    Layers that predict further tokens have no tensors in what is written, so config.json has none there. Where nothing
+    differs it stays byte for byte. ValueError, before any file is copied, for one that leads out of `source`."""
     for name in _companions(source):
         with open_model_file(source, name) as content, (destination / name).open("wb") as copy:
             shutil.copyfileobj(content, copy)
@@ -222,6 +222,8 @@ def copy_companions(source: Path, destination: Path, dtype: torch.dtype | None =
     if dtype is not None:
         names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
         changes |= dict.fromkeys(names, str(dtype).removeprefix("torch."))
+    if config.get(FURTHER_TOKENS):
+        changes[FURTHER_TOKENS] = 0
     if any(config.get(name) != value for name, value in changes.items()):
         (destination / "config.json").write_text(json.dumps(config | changes, indent=2), encoding="utf-8")
 

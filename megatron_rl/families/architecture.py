@@ -5,11 +5,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from megatron_rl.families.bounds import MAX_TOKENS, Flag, MaybeWidth, TokenId, Width, above_zero, whole
+from megatron_rl.families.bounds import MAX_MTP_LAYERS, MAX_TOKENS, Flag, MaybeWidth, TokenId, Width, above_zero, whole
 
 _MAX_EXPERTS_OF_ALL_LAYERS = 2**18
 # Fields that change neither what weights compute nor their shapes.
-_OF_NO_WEIGHTS = {"eos_token_ids", "initializer_range", "max_position_embeddings"}
+_OF_NO_WEIGHTS = {"eos_token_ids", "initializer_range", "max_position_embeddings", "num_mtp_layers"}
 
 RotaryKind = Literal["default", "linear", "yarn", "llama3"]
 
@@ -45,6 +45,8 @@ class Architecture(BaseModel):
     weights. n_group, topk_group: experts are chosen from this many of so many equal groups, those whose two best
     scores have the largest sum. norm_topk_prob: the scores of the chosen experts are divided by their sum.
     routed_scaling_factor: the scores are then multiplied by this.
+    num_mtp_layers: layers that predict further tokens (MTP). Files may have them behind the last layer; they are left
+    out everywhere.
     eos_token_ids: those of config.json and generation_config.json; each of them ends a response.
     """
 
@@ -74,6 +76,7 @@ class Architecture(BaseModel):
     topk_group: Annotated[int, whole(1, 2**16)] = 1
     norm_topk_prob: Flag = True
     routed_scaling_factor: Annotated[float, above_zero(1e6)] = 1.0
+    num_mtp_layers: Annotated[int, whole(0, MAX_MTP_LAYERS)] = 0
     norm_head: Flag = False
     tie_word_embeddings: Flag = Field(default=False, description="the LM head is the embedding")
     max_position_embeddings: Annotated[int, whole(1, 2**30)]

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_rl.families.bounds import MAX_WIDTH
 from megatron_rl.families.family import Family
-from megatron_rl.families.fields import check_neutral, common_fields, count, require
+from megatron_rl.families.fields import check_neutral, common_fields, count, first_dense_layers, require
 from megatron_rl.families.tensors import TensorNames
 from megatron_rl.parsing import shown
 
@@ -40,10 +40,8 @@ def _read(values: Mapping[str, Any]) -> dict[str, Any]:
     found = common_fields(values, {"initializer_range": 0.006, "rms_norm_eps": 1e-5})
     count(values, "num_experts", 1, 2**16)
     shared, width = count(values, "num_shared_experts", 0, 4096), values["moe_intermediate_size"]
-    first_dense = count(values, "first_k_dense_replace", 0, 4096)
-    num_layers = found.get("num_hidden_layers")
     found |= {
-        "dense_layers": tuple(range(min(first_dense, num_layers if isinstance(num_layers, int) else 0))),
+        "dense_layers": first_dense_layers(values),
         "num_experts": values["num_experts"],
         "num_experts_per_tok": count(values, "num_experts_per_tok", 1, 2**16),
         "moe_intermediate_size": count(values, "moe_intermediate_size", 1, MAX_WIDTH),

@@ -1,7 +1,7 @@
 """This module is the family BailingMoE, version 2: Ling-mini-2.0, Ring-mini-2.0, their flash and 1T sisters.
 
 The facts are from the vendor's code (github.com/inclusionAI/Ring-V2, models/, commit 96366fa). Dropout is left out as
-in version 1. Layers that predict further tokens (MTP) are refused: nothing here trains, converts or serves them.
+in version 1.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any
 from megatron_rl.families.bailing import tell_of_dropout
 from megatron_rl.families.bounds import MAX_WIDTH
 from megatron_rl.families.family import Family
-from megatron_rl.families.fields import check_neutral, common_fields, count, require
+from megatron_rl.families.fields import check_neutral, common_fields, count, first_dense_layers, flag, require
 from megatron_rl.families.tensors import TensorNames
 from megatron_rl.parsing import shown
 
@@ -38,26 +38,24 @@ _DEFAULTS = {"head_dim": 128, "rope_theta": 600000.0, "rms_norm_eps": 1e-6, "tie
 
 
 def _read(values: Mapping[str, Any]) -> dict[str, Any]:
-    _refuse_further_tokens(values)
     check_neutral(values, _VERSION_2, " (BailingMoE version 2)")
     require(values, _REQUIRED)
     width = count(values, "moe_intermediate_size", 1, MAX_WIDTH)
     check_neutral(values, {"moe_shared_expert_intermediate_size": (None, width)}, ", as moe_intermediate_size is")
-    found = common_fields(values, _DEFAULTS, partial_rotary=True)
+    found = common_fields(values, _DEFAULTS, partial_rotary=True, further_tokens=True)
     _check_rotated_part(values, found)
     experts_per_token = count(values, "num_experts_per_tok", 1, 2**16)
-    num_layers = count(values, "num_hidden_layers", 1, 4096)
     tell_of_dropout(values)
     return found | {
-        "qk_norm": _flag(values, "use_qk_norm"),
-        "dense_layers": tuple(range(min(count(values, "first_k_dense_replace", 0, 4096), num_layers))),
+        "qk_norm": flag(values, "use_qk_norm", default=True),
+        "dense_layers": first_dense_layers(values),
         "num_experts": count(values, "num_experts", 1, 2**16),
         "num_experts_per_tok": experts_per_token,
         "moe_intermediate_size": width,
         # The shared experts make one MLP of their joint width.
         "shared_intermediate_size": count(values, "num_shared_experts", 0, 4096) * width,
         "score_function": "sigmoid",
-        "expert_bias": _flag(values, "moe_router_enable_expert_bias"),
+        "expert_bias": flag(values, "moe_router_enable_expert_bias", default=True),
         # Some files say with 0 that there are no groups.
         "n_group": count(values, "n_group", 0, 2**16) or 1,
         "topk_group": count(values, "topk_group", 0, 2**16) or 1,
@@ -65,15 +63,6 @@ def _read(values: Mapping[str, Any]) -> dict[str, Any]:
         "norm_topk_prob": experts_per_token > 1,
         "routed_scaling_factor": 1.0 if (factor := values.get("routed_scaling_factor")) is None else factor,
     }
-
-
-def _refuse_further_tokens(values: Mapping[str, Any]) -> None:
-    number = values.get("num_nextn_predict_layers")
-    if number not in (None, 0):
-        raise ValueError(
-            f"num_nextn_predict_layers {shown(number)} asks for layers that predict further tokens (MTP), which are "
-            "not implemented; set it to 0 and leave their tensors, those behind the last layer, out of the files"
-        )
 
 
 def _check_rotated_part(values: Mapping[str, Any], found: Mapping[str, Any]) -> None:
@@ -85,14 +74,6 @@ def _check_rotated_part(values: Mapping[str, Any], found: Mapping[str, Any]) -> 
             f"rotary_dim {shown(width)} must be head_dim {head_dim} times partial_rotary_factor "
             f"{found['rotary']['fraction']:g}"
         )
-
-
-def _flag(values: Mapping[str, Any], name: str) -> bool:
-    """Read true or false; true where there is none. ValueError names the field."""
-    value = values.get(name)
-    if value is not None and type(value) is not bool:
-        raise ValueError(f"{name} must be true or false, got {shown(value)}")
-    return value is not False
 
 
 BAILING_MOE_V2 = Family(

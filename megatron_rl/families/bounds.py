@@ -10,6 +10,7 @@ from megatron_rl.parsing import shown
 # Far above every model that there is, and small enough that names of all tensors fit into memory.
 MAX_WIDTH = 2**20
 MAX_TOKENS = 2**24
+MAX_MTP_LAYERS = 64
 
 
 def whole_number(value: Any, low: int, high: int) -> int:

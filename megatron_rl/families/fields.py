@@ -1,12 +1,17 @@
 """This module reads the fields of config.json that families have in common, and refuses what would change numbers
 unseen."""
 
+import functools
+import logging
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from megatron_rl.families.bounds import whole_number
+from megatron_rl.families.bounds import MAX_MTP_LAYERS, whole_number
 from megatron_rl.families.rotary_fields import rotary_fields
 from megatron_rl.parsing import shown
+
+log = logging.getLogger(__name__)
 
 # No family implements these fields, which change a model's numbers. Each must be absent or have one of these values.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -35,11 +40,12 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "mlp_bias": (None, False),
     "use_bias": (None, False),
     "norm_softmax": (None, False),
-    "num_nextn_predict_layers": (None, 0),
     "use_mla": (None, False),
     "kv_lora_rank": (None, 0),
     "q_lora_rank": (None, 0),
 }
+# The number of layers that predict further tokens (MTP).
+FURTHER_TOKENS = "num_nextn_predict_layers"
 _SAME_NAME = (
     "vocab_size",
     "hidden_size",
@@ -56,14 +62,18 @@ _SAME_NAME = (
 
 
 def common_fields(
-    values: Mapping[str, Any], defaults: Mapping[str, Any], partial_rotary: bool = False
+    values: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    partial_rotary: bool = False,
+    further_tokens: bool = False,
 ) -> dict[str, Any]:
     """Read the fields of an Architecture that every family has; `defaults` are those of the family's config class.
 
-    partial_rotary: the family may rotate a part of each head. ValueError names a field of config.json that is
-    not implemented, its value, and the values that are.
+    partial_rotary: the family may rotate a part of each head. further_tokens: its files may have layers that predict
+    further tokens (MTP). ValueError names a field of config.json that is not implemented, its value, and the values
+    that are.
     """
-    check_neutral(values, _NEUTRAL)
+    check_neutral(values, _NEUTRAL if further_tokens else {**_NEUTRAL, FURTHER_TOKENS: (None, 0)})
     _check_attention(values)
     given = {**defaults, **{name: value for name, value in values.items() if value is not None}}
     found = {name: given[name] for name in _SAME_NAME if name in given}
@@ -71,7 +81,26 @@ def common_fields(
     rotary = rotary_fields(values, given)
     if rotary["fraction"] != 1 and not partial_rotary:
         raise ValueError(f"partial_rotary_factor must be 1, got {shown(rotary['fraction'])}")
-    return found | {"rotary": rotary, "eos_token_ids": end_ids(values)}
+    found |= {"rotary": rotary, "eos_token_ids": end_ids(values)}
+    return found | {"num_mtp_layers": _further_layers(values)} if further_tokens else found
+
+
+def _further_layers(values: Mapping[str, Any]) -> int:
+    """Read the number of layers that predict further tokens. Log that they are left out; on one rank, which reads the
+    file many times, once."""
+    number = count(values, FURTHER_TOKENS, 0, MAX_MTP_LAYERS)
+    if number and os.environ.get("RANK", "0") == "0":
+        _tell_of_further_layers(number)
+    return number
+
+
+@functools.cache
+def _tell_of_further_layers(number: int) -> None:
+    log.info(
+        "config.json has %s %d: layers that predict further tokens (MTP) are left out here, and in what is written",
+        FURTHER_TOKENS,
+        number,
+    )
 
 
 def check_neutral(values: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], why: str = "") -> None:
@@ -106,6 +135,20 @@ def count(values: Mapping[str, Any], name: str, low: int, high: int) -> int:
         return whole_number(low if value is None else value, low, high)
     except ValueError as error:
         raise ValueError(f"{name} {error}") from None
+
+
+def flag(values: Mapping[str, Any], name: str, default: bool) -> bool:
+    """Read true or false. ValueError names the field."""
+    value = values.get(name)
+    if value is not None and type(value) is not bool:
+        raise ValueError(f"{name} must be true or false, got {shown(value)}")
+    return default if value is None else value
+
+
+def first_dense_layers(values: Mapping[str, Any]) -> tuple[int, ...]:
+    """List the layers without experts, where `first_k_dense_replace` says how many of the first ones these are."""
+    num_layers = count(values, "num_hidden_layers", 1, 4096)
+    return tuple(range(min(count(values, "first_k_dense_replace", 0, 4096), num_layers)))
 
 
 def end_ids(*sources: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ from megatron_rl.families.architecture import Architecture
 Shape = tuple[int, ...]
 
 # Old files hold rotary frequencies under names with this ending. Here config.json gives the frequencies.
-ROTARY_BUFFER = ".rotary_emb.inv_freq"
+_ROTARY_BUFFER = ".rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +51,12 @@ class TensorNames:
             found |= {prefix + name: shape for name, shape in mlp}
         found[self.final_norm] = (h,)
         return found if model.tie_word_embeddings else found | {self.head: (v, h)}
+
+    def is_left_out(self, name: str, model: Architecture) -> bool:
+        """Tell whether a tensor may be in a file and is none of the model's: rotary frequencies, and layers that
+        predict further tokens (MTP), which have the numbers behind the last layer."""
+        behind = range(model.num_hidden_layers, model.num_hidden_layers + model.num_mtp_layers)
+        return name.endswith(_ROTARY_BUFFER) or name.startswith(tuple(map(self.layer.format, behind)))
 
     @property
     def not_tied(self) -> str:

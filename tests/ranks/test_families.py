@@ -32,6 +32,8 @@ DIVIDED = [
     "qwen2, tied, yarn",
     "qwen3",
     "qwen3-moe, not renormalised, some layers dense",
+    "mixtral-moe",
+    "glm4-moe, groups, biases, no norm of queries",
 ]
 
 
@@ -130,6 +132,28 @@ def test_a_copy_of_the_tied_head_and_old_rotary_buffers_are_left_out(models: dic
     for read in (open_checkpoint, lambda path: load_weights(path, architecture, torch.float32)):
         with pytest.raises(ValueError, match="lm_head.weight is not model.embed_tokens.weight, but tie"):
             read(tmp_path / "old")
+
+
+def test_layers_that_predict_further_tokens_are_left_out_and_none_in_a_copy(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    tensors = tensors_of(models["glm4-moe"])
+    further = {f"model.layers.3.{name}": torch.ones(48) for name in ("enorm.weight", "input_layernorm.weight")}
+    shutil.copytree(models["glm4-moe"], tmp_path / "model")
+    values = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(values | {"num_nextn_predict_layers": 1}))
+    save_file(tensors | further, tmp_path / "model/model.safetensors")
+    architecture = load_architecture(tmp_path / "model")
+    assert set(tensor_shapes(architecture)) == set(tensors)
+    load_weights(tmp_path / "model", architecture, torch.float32)
+    back = there_and_back(tmp_path / "model", tmp_path)
+    assert_same(back, tensors)
+    assert json.loads((back / "config.json").read_text()) == values
+    # No more layers than config.json says.
+    save_file(tensors | {"model.layers.4.enorm.weight": torch.ones(48)}, tmp_path / "model/model.safetensors")
+    for read in (open_checkpoint, lambda path: load_weights(path, architecture, torch.float32)):
+        with pytest.raises(ValueError, match="model.layers.4.enorm.weight"):
+            read(tmp_path / "model")
 
 
 def test_a_dense_model_is_trained_and_served_by_one_command(tmp_path: Path) -> None:

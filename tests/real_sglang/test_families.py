@@ -27,7 +27,18 @@ from make_tiny_model import TinyModel, write_tiny_model, write_tokenizer
 ENDS = [1, *range(20, 30)]
 
 
-@pytest.mark.parametrize("case", ["llama, tied, one key-value head, llama3", "qwen2, tied, yarn", "qwen3", "qwen3-moe"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "llama, tied, one key-value head, llama3",
+        "qwen2, tied, yarn",
+        "qwen3",
+        "qwen3-moe",
+        "mistral",
+        "mixtral-moe",
+        "glm4-moe",
+    ],
+)
 def test_sglang_has_the_logprobs_and_the_end_tokens_of_the_files(case: str, tmp_path: Path) -> None:
     model = make(case, tmp_path / "model")
     write_tokenizer(model, TinyModel())  # SGLang looks at one, though it is told not to use it

@@ -11,7 +11,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_rl.families import Architecture, family_of, load_architecture, tensor_shapes
-from megatron_rl.families.tensors import ROTARY_BUFFER
 from megatron_rl.files import indexed_names
 from megatron_rl.rollout.embedded.packing import Packing
 from megatron_rl.rollout.embedded.weights import ModelWeights, some
@@ -50,7 +49,7 @@ def read_packed(model_dir: str | Path, config: Architecture, dtype: torch.dtype)
     for path in files:
         try:
             with _regular(path) as opened, safe_open(opened, framework="pt") as file:
-                found = [name for name in file.keys() if not name.endswith(ROTARY_BUFFER)]  # noqa: SIM118 - no dict
+                found = [name for name in file.keys() if not names.is_left_out(name, config)]  # noqa: SIM118 - no dict
                 if config.tie_word_embeddings and names.head in found:
                     found.remove(names.head)
                     copied_head = file.get_tensor(names.head)
