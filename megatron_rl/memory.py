@@ -54,7 +54,7 @@ def stage_parameters(architecture: Architecture, layout: Layout) -> list[tuple[i
     """
     h, t = architecture.hidden_size, layout.tensor
     q, k = _attention_widths(architecture)
-    small = (q + 2 * k) // t * architecture.qkv_bias + 2 * architecture.head_dim * architecture.qk_norm
+    small = (q + 2 * k) // t * architecture.qkv_bias + sum(architecture.qk_norm_sizes)
     attention = (h * (q + 2 * k) + q * h) // t + 2 * h + small
     experts = (
         architecture.num_experts // layout.expert * 3 * h * architecture.moe_intermediate_size // layout.expert_tensor

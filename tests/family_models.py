@@ -75,6 +75,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"n_group": 3, "topk_group": 2, "use_qk_norm": False, "attention_bias": True, "head_dim": 24}
         | {"num_hidden_layers": 4, "first_k_dense_replace": 2, "n_shared_experts": 2, "routed_scaling_factor": 2.5},
     ),
+    "olmoe-moe": (
+        "Olmoe",
+        {"num_experts": 6, "num_experts_per_tok": 2, "num_key_value_heads": 4, "hidden_size": 64},
+    ),
     "qwen3, tied, yarn": ("Qwen3", {"tie_word_embeddings": True, "rope_parameters": ROPES["yarn"]}),
 }
 
@@ -85,7 +89,7 @@ def make(case: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
 
     family, own = CASES[case]
     fields = {**SHAPE, "rope_parameters": ROPES["default"], **own, **changes}
-    if family == "Qwen2":
+    if family in ("Qwen2", "Olmoe"):
         del fields["head_dim"]
     torch.manual_seed(seed)
     model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**fields))

@@ -110,6 +110,18 @@ GLM = {
     "tie_word_embeddings": False,
     "eos_token_id": [151329, 151336, 151338],
 }
+OLMOE = config("OlmoeForCausalLM", "olmoe", 50304, 2048, 1024, 16, 16, 16, 4096, tie_word_embeddings=False) | {
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": False,
+    "attention_bias": False,
+    "clip_qkv": None,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "router_aux_loss_coef": 0.01,
+    "eos_token_id": 50279,
+}
 # As published, but for fields that say nothing about numbers; and the parameters of their model cards, in billions.
 REAL: dict[str, tuple[dict[str, Any], float]] = {
     "SmolLM2-135M-Instruct": (
@@ -193,6 +205,7 @@ WITH_EXPERTS: dict[str, tuple[dict[str, Any], float, float]] = {
         22.2,
     ),
     "Mixtral-8x7B-Instruct-v0.1": (MIXTRAL, 46.7, 12.9),
+    "OLMoE-1B-7B-0924-Instruct": (OLMOE, 6.92, 1.28),
     "GLM-4.5-Air": (
         GLM
         | {"hidden_size": 4096, "intermediate_size": 10944, "num_hidden_layers": 46, "moe_intermediate_size": 1408}
@@ -276,7 +289,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "architectures ['BailingMoeV2_5ForCausalLM'] with model_type 'bailing_hybrid': Ling and Ring 2.5 and 2.6, "
         "which mix Lightning attention and MLA, are not implemented; it can be BailingMoeForCausalLM, "
         "BailingMoeV2ForCausalLM, Glm4MoeForCausalLM, LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM, "
-        "Qwen2ForCausalLM, Qwen3ForCausalLM or Qwen3MoeForCausalLM",
+        "OlmoeForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM or Qwen3MoeForCausalLM",
     ),
     "Ling 3.0 under the type of 2.5": (
         LING | {"architectures": ["BailingMoeV3ForCausalLM"], "model_type": "bailing_hybrid"},
@@ -297,6 +310,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "GLM without groups that hold what is chosen": (GLM_AIR | {"n_group": 64}, "topk_group 1 must be at most n_group"),
     "GLM, not normalised": (GLM_AIR | {"norm_topk_prob": False}, "norm_topk_prob must be True (GLM-4.5)"),
     "GLM with one expert": (GLM_AIR | {"num_experts_per_tok": 1}, "num_experts_per_tok must be a whole number from 2"),
+    "OLMoE, normalised": (OLMOE | {"norm_topk_prob": True}, "norm_topk_prob must be False (OLMoE), got True"),
+    "OLMoE with fewer keys": (OLMOE | {"num_key_value_heads": 4}, "num_key_value_heads must be 16 (OLMoE), got 4"),
+    "OLMoE with another norm": (OLMOE | {"rms_norm_eps": 1e-6}, "rms_norm_eps must be 1e-05 (OLMoE), got 1e-06"),
+    "OLMoE with clipped queries": (OLMOE | {"clip_qkv": 8.0}, "clip_qkv must be absent or null, got 8.0"),
     "noise on Mixtral's routers": (MIXTRAL | {"router_jitter_noise": 0.1}, "router_jitter_noise must be 0 (Mixtral)"),
     "Mistral 0.1's sliding window": (MISTRAL | {"sliding_window": 4096}, "sliding_window must be absent or null, got"),
     "Mistral's own sliding window": (
@@ -460,7 +477,7 @@ def test_end_tokens_of_both_files_end_a_response(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [BAILING, LING, QWEN3_MOE, MIXTRAL, GLM_AIR, *(values for values, _ in REAL.values())]
+    "values", [BAILING, LING, QWEN3_MOE, MIXTRAL, OLMOE, GLM_AIR, *(values for values, _ in REAL.values())]
 )
 def test_shapes_and_the_table_of_parameters_have_the_same_tensors_in_the_same_order(values: dict[str, Any]) -> None:
     """Check that both orders of tensors agree: conversions read ahead in the one and write in the other."""

@@ -133,18 +133,20 @@ def test_newer_families_with_experts_are_written_as_they_are_read(family, tmp_pa
     assert "--expert-groups is for --family bailing_moe_v2 and glm4_moe, got qwen3_moe" in refused.stderr
 
 
-def test_mistral_and_mixtral_are_written_as_they_are_read(tmp_path):
+def test_mistral_mixtral_and_olmoe_are_written_as_they_are_read(tmp_path):
     flags = ["--layers", "2", "--hidden-size", "64", "--experts", "4", "--moe-intermediate-size", "48"]
-    for family, widths in (("mistral", (128, 0)), ("mixtral", (0, 48))):
-        assert make(tmp_path / family, *flags, "--family", family).returncode == 0
+    for family, widths in (("mistral", (128, 0)), ("mixtral", (0, 48)), ("olmoe", (0, 48))):
+        assert make(tmp_path / family, *flags, "--kv-heads", "4", "--family", family).returncode == 0
         found = load_architecture(tmp_path / family)
         assert (found.family, found.intermediate_size, found.moe_intermediate_size) == (family, *widths)
         with safe_open(tmp_path / family / "model.safetensors", framework="np") as file:
             assert set(file.keys()) == set(tensor_shapes(found))
     for flag in ("--shared-experts", "--first-k-dense-replace"):
-        assert (
-            f"{flag} must be 0 for --family mixtral" in make(tmp_path / "none", "--family", "mixtral", flag, "1").stderr
-        )
+        refused = make(tmp_path / "none", "--family", "mixtral", flag, "1")
+        assert f"{flag} must be 0 for --family mixtral" in refused.stderr
+    assert (
+        "--kv-heads must be --heads 4 for --family olmoe, got 2" in make(tmp_path / "none", "--family", "olmoe").stderr
+    )
 
 
 def test_an_existing_directory_is_named_and_replaced_only_with_force(model_dir, tmp_path):

@@ -138,6 +138,7 @@ class BailingMoeV2Config(PretrainedConfig):
 '''
 # The families whose routers have a bias for each expert, groups of experts and a factor.
 SIGMOID_ROUTERS = ("bailing_moe_v2", "glm4_moe")
+EXPERTS_IN_ALL_LAYERS = ("mixtral", "olmoe")
 # transformers knows the other families.
 CONFIGURATION_MODULES = {
     "bailing_moe": ("BailingMoeConfig", CONFIGURATION_MODULE),
@@ -182,10 +183,14 @@ class TinyModel:
             if getattr(self, name) != value and self.family not in SIGMOID_ROUTERS:
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{flag} is for --family {' and '.join(SIGMOID_ROUTERS)}, got {self.family}")
-        if self.shared_experts and self.family in ("qwen3_moe", "mixtral"):
+        if self.shared_experts and self.family in ("qwen3_moe", *EXPERTS_IN_ALL_LAYERS):
             raise ValueError(f"--shared-experts must be 0 for --family {self.family}, which has none")
-        if self.first_k_dense_replace and self.family == "mixtral":
-            raise ValueError("--first-k-dense-replace must be 0 for --family mixtral, whose layers all have experts")
+        if self.first_k_dense_replace and self.family in EXPERTS_IN_ALL_LAYERS:
+            raise ValueError(
+                f"--first-k-dense-replace must be 0 for --family {self.family}, whose layers all have experts"
+            )
+        if self.kv_heads != self.heads and self.family == "olmoe":
+            raise ValueError(f"--kv-heads must be --heads {self.heads} for --family olmoe, got {self.kv_heads}")
         if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
             raise ValueError(
                 f"--hidden-size must be an even multiple of --heads, got {self.hidden_size} and {self.heads}"
@@ -318,6 +323,18 @@ def _mixtral_fields(model: TinyModel) -> dict[str, Any]:
     }
 
 
+def _olmoe_fields(model: TinyModel) -> dict[str, Any]:
+    return {
+        "attention_bias": False,
+        "clip_qkv": None,
+        "intermediate_size": model.moe_intermediate_size,
+        "norm_topk_prob": False,
+        "num_experts": model.experts,
+        "num_experts_per_tok": model.experts_per_token,
+        "rms_norm_eps": 1e-05,
+    }
+
+
 def _qwen3_moe_fields(model: TinyModel) -> dict[str, Any]:
     return _expert_fields(model) | {
         "head_dim": model.head_dim,
@@ -332,6 +349,7 @@ _FAMILY_FIELDS: dict[str, Callable[[TinyModel], dict[str, Any]]] = {
     "glm4_moe": _glm4_moe_fields,
     "mistral": _mistral_fields,
     "mixtral": _mixtral_fields,
+    "olmoe": _olmoe_fields,
     "qwen3_moe": _qwen3_moe_fields,
 }
 

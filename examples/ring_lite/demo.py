@@ -36,6 +36,7 @@ FAMILIES = {
     ],
     "glm4_moe": ["--shared-experts", "1", "--first-k-dense-replace", "1", "--routed-scaling-factor", "2.5"],
     "mixtral": [],
+    "olmoe": ["--kv-heads", "4"],
     "qwen3_moe": [],
 }
 

@@ -38,7 +38,8 @@ class Architecture(BaseModel):
 
     family: its key in the registry, which knows the names of tensors. intermediate_size: that of the MLP of dense
     layers; 0 where there is none. dense_layers: the layers without experts, of a model that has some. qkv_bias: query,
-    key and value projections have one. qk_norm: RMS norm over head_dim of queries and keys, before rotary.
+    key and value projections have one. qk_norm: RMS norm of queries and keys, before rotary: over head_dim, or with
+    qk_norm_joins_heads over all heads of the queries of a token, and over all of its keys.
     norm_head: logits are those of the head divided by its norm over the vocabulary, column by column.
     score_function: makes scores of the router's logits: softmax over all experts, or sigmoid of each alone.
     expert_bias: experts are chosen by score + a bias, which training leaves as it is and which does not enter their
@@ -64,6 +65,7 @@ class Architecture(BaseModel):
     )
     qkv_bias: Flag = False
     qk_norm: Flag = False
+    qk_norm_joins_heads: Flag = False
     rotary: Rotary = Rotary()
     dense_layers: tuple[int, ...] = ()
     num_experts: Annotated[int, whole(0, 2**16)] = 0
@@ -155,6 +157,15 @@ class Architecture(BaseModel):
     def num_dense_layers(self) -> int:
         return self.num_hidden_layers - self.num_moe_layers
 
+    @property
+    def qk_norm_sizes(self) -> tuple[int, int]:
+        """The numbers of weights of the norms of a layer's queries and of its keys."""
+        if not self.qk_norm:
+            return 0, 0
+        if not self.qk_norm_joins_heads:
+            return self.head_dim, self.head_dim
+        return self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+
     def num_parameters(self) -> int:
         """Count all weights, embedding and LM head included (once when they are tied)."""
         h = self.hidden_size
@@ -165,7 +176,7 @@ class Architecture(BaseModel):
     def _attention_parameters(self) -> int:
         """Count the parameters of one layer's attention, its two norms included."""
         h, qkv_rows = self.hidden_size, (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
-        small = (qkv_rows if self.qkv_bias else 0) + (2 * self.head_dim if self.qk_norm else 0)
+        small = (qkv_rows if self.qkv_bias else 0) + sum(self.qk_norm_sizes)
         return h * qkv_rows + self.num_attention_heads * self.head_dim * h + 2 * h + small
 
     def _moe_parameters(self) -> int:

@@ -69,14 +69,13 @@ class TensorNames:
         return (q, kv, kv) if len(self.qkv) > 1 else (q + 2 * kv,)
 
     def _attention(self, model: Architecture) -> Iterator[tuple[str, Shape]]:
-        h, d = model.hidden_size, model.head_dim
-        rows = self.qkv_rows(model)
+        h, rows = model.hidden_size, self.qkv_rows(model)
         yield from ((f"{name}.weight", (number, h)) for name, number in zip(self.qkv, rows, strict=True))
         if model.qkv_bias:
             yield from ((f"{name}.bias", (number,)) for name, number in zip(self.qkv, rows, strict=True))
         if model.qk_norm:
-            yield from ((name, (d,)) for name in self.qk_norms)
-        yield self.output, (h, model.num_attention_heads * d)
+            yield from ((name, (size,)) for name, size in zip(self.qk_norms, model.qk_norm_sizes, strict=True))
+        yield self.output, (h, model.num_attention_heads * model.head_dim)
 
     def _experts(self, model: Architecture) -> Iterator[tuple[str, Shape]]:
         h = model.hidden_size

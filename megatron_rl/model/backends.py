@@ -107,6 +107,11 @@ def problems(
             f"{wanted} cannot scale rotary embeddings, and config.json asks for {architecture.rotary.kind!r}; set "
             "model.layers = 'local' and model.fp8 = 'none'"
         )
+    if wanted and architecture.qk_norm_joins_heads:
+        yield (
+            f"{wanted} cannot norm all heads of a token together, as this model does ({architecture.family}); set "
+            "model.layers = 'local' and model.fp8 = 'none'"
+        )
     if model.router_dtype == "bfloat16" and architecture.score_function == "sigmoid":
         yield (
             "model.router_dtype = 'bfloat16' is not what this model's servers do, whose routers compute in float32; "

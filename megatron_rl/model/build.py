@@ -63,7 +63,7 @@ from megatron_rl.model import kernels  # noqa: E402
 from megatron_rl.model.backends import Backends, Installed, choose  # noqa: E402
 from megatron_rl.model.experts import GroupedExperts, GroupedLayer  # noqa: E402
 from megatron_rl.model.head import Head  # noqa: E402
-from megatron_rl.model.layers import FlashAttention, FlashAttention4, PackedAttention, RMSNorm  # noqa: E402
+from megatron_rl.model.layers import FlashAttention, FlashAttention4, JoinedHeadsNorm, PackedAttention, RMSNorm  # noqa: E402
 from megatron_rl.model.lora import AdaptedProvider, add_adapters, initial_factor, is_factor  # noqa: E402
 from megatron_rl.model.megatron_config import DTYPES, transformer_config  # noqa: E402
 from megatron_rl.model.router import Layer, Router  # noqa: E402
@@ -126,7 +126,7 @@ _ATTENTION = {"flash": FlashAttention, "fa4": FlashAttention4, "sdpa": PackedAtt
 
 
 def _layer_submodules(
-    config: TransformerConfig, is_moe: bool, backends: Backends, lora: LoraSection | None
+    config: TransformerConfig, architecture: Architecture, is_moe: bool, backends: Backends, lora: LoraSection | None
 ) -> TransformerLayerSubmodules:
     num_experts = config.num_moe_experts if is_moe else None
     if backends.transformer_engine:
@@ -137,7 +137,10 @@ def _layer_submodules(
         return layer
     backend = LocalSpecProvider() if lora is None else AdaptedProvider()
     mlp = get_mlp_module_spec_for_backend(backend, num_experts=num_experts)
-    qk_norm = RMSNorm if config.qk_layernorm else None
+    norms: list[Any] = [RMSNorm if architecture.qk_norm else None] * 2
+    if architecture.qk_norm_joins_heads:
+        numbers = (architecture.num_attention_heads, architecture.num_key_value_heads)
+        norms = [partial(JoinedHeadsNorm, num_heads=number) for number in numbers]
     return TransformerLayerSubmodules(
         input_layernorm=RMSNorm,
         self_attention=ModuleSpec(
@@ -147,8 +150,8 @@ def _layer_submodules(
                 linear_qkv=backend.column_parallel_linear(),
                 core_attention=_ATTENTION[backends.attention],
                 linear_proj=backend.row_parallel_linear(),
-                q_layernorm=qk_norm,
-                k_layernorm=qk_norm,
+                q_layernorm=norms[0],
+                k_layernorm=norms[1],
             ),
         ),
         self_attn_bda=get_bias_dropout_add,
@@ -352,7 +355,7 @@ def _gpt_model(
     specs = [
         ModuleSpec(
             module=Layer,
-            submodules=_layer_submodules(config, architecture.is_moe_layer(offset + i), backends, lora),
+            submodules=_layer_submodules(config, architecture, architecture.is_moe_layer(offset + i), backends, lora),
         )
         for i in range(get_num_layers_to_build(config, virtual_stage))
     ]

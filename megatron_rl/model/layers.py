@@ -44,6 +44,17 @@ class RMSNorm(torch.nn.Module):
         return self.weight * normed.to(hidden.dtype)
 
 
+class JoinedHeadsNorm(RMSNorm):
+    """Computes the norm of a token's heads, [..., N, D], as if they were one vector. It needs all heads, so there is no
+    tensor parallelism."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, *, num_heads: int) -> None:
+        super().__init__(config, num_heads * hidden_size, eps)
+
+    def forward(self, heads: Tensor) -> Tensor:
+        return super().forward(heads.flatten(-2)).unflatten(-1, heads.shape[-2:])
+
+
 class PackedAttention(torch.nn.Module):
     """Computes causal grouped-query attention inside each packed sequence, by torch's scaled_dot_product_attention.
 

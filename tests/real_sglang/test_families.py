@@ -37,6 +37,7 @@ ENDS = [1, *range(20, 30)]
         "mistral",
         "mixtral-moe",
         "glm4-moe",
+        "olmoe-moe",
     ],
 )
 def test_sglang_has_the_logprobs_and_the_end_tokens_of_the_files(case: str, tmp_path: Path) -> None:

@@ -225,9 +225,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def normed_heads(heads: Tensor, num_queries: int, weights: tuple[Tensor, Tensor], eps: float) -> Tensor:
-    """Apply RMS norm over d to each head, [R, nq + nkv, d] in fp32: first those of queries, then those of keys."""
+    """Apply RMS norm to heads, [R, nq + nkv, d] in fp32: first those of queries, then those of keys. weights: [d] each
+    for a norm of each head by itself, [nq d] and [nkv d] for one of all queries together, and one of all keys."""
     queries, keys = (
-        rms_norm(part, weight.float(), eps)
+        rms_norm(part.reshape(len(part), -1, len(weight)), weight.float(), eps).view(part.shape)
         for part, weight in zip((heads[:, :num_queries], heads[:, num_queries:]), weights, strict=True)
     )
     return torch.cat((queries, keys), dim=1)

@@ -127,6 +127,7 @@ def _blank(config: Architecture, dtype: torch.dtype) -> ModelWeights:
     """Allocate the packed weights. What no tensor fills, the router's spare columns, is zero."""
     h, d = config.hidden_size, config.head_dim
     nq, nkv = config.num_attention_heads, config.num_key_value_heads
+    of_queries, of_keys = config.qk_norm_sizes
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype)
@@ -144,7 +145,7 @@ def _blank(config: Architecture, dtype: torch.dtype) -> ModelWeights:
             input_norm=empty(h),
             qkv=empty(h, (nq + 2 * nkv) * d),
             qkv_bias=empty((nq + 2 * nkv) * d) if config.qkv_bias else None,
-            qk_norms=(empty(d), empty(d)) if config.qk_norm else None,
+            qk_norms=(empty(of_queries), empty(of_keys)) if config.qk_norm else None,
             dense=empty(nq * d, h),
             mlp_norm=empty(h),
             mlp=mlp(everyones) if everyones else None,

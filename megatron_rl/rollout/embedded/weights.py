@@ -19,7 +19,7 @@ class LayerWeights:
     input_norm: Tensor  # [H]
     qkv: Tensor  # [H, (nq + 2 nkv) d]: all queries, all keys, all values
     qkv_bias: Tensor | None  # [(nq + 2 nkv) d]
-    qk_norms: tuple[Tensor, Tensor] | None  # of queries and of keys, [d] each
+    qk_norms: tuple[Tensor, Tensor] | None  # of queries and of keys: [d] each, or [nq d] and [nkv d]
     dense: Tensor  # [nq d, H]
     mlp_norm: Tensor  # [H]
     mlp: "Mlp | None"  # over every token; None in a mixture-of-experts layer without shared experts
