@@ -37,12 +37,6 @@ def boxes(text: str) -> list[Box]:
     return found
 
 
-def last_boxed(text: str) -> str | None:
-    """Return what stands in the last box, or None without one or when it is never closed."""
-    found = boxes(text)
-    return found[-1].content if found else None
-
-
 def _closing(text: str, position: int, limit: int) -> int | None:
     """Return where the brace closes that was opened just before `position`, or None when that is not before `limit`."""
     depth = 1
