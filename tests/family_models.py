@@ -67,7 +67,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"num_hidden_layers": 5},
     ),
     "mistral": ("Mistral", {"sliding_window": None, "num_key_value_heads": 1}),
-    "mixtral-moe": ("Mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    "mixtral-moe": ("Mixtral", {"hidden_size": 64, "num_local_experts": 6, "num_experts_per_tok": 2}),
     "glm4-moe": ("Glm4Moe", GLM),
     "glm4-moe, groups, biases, no norm of queries": (
         "Glm4Moe",
@@ -89,7 +89,7 @@ def make(case: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
 
     family, own = CASES[case]
     fields = {**SHAPE, "rope_parameters": ROPES["default"], **own, **changes}
-    if family in ("Qwen2", "Olmoe"):
+    if family in ("Mixtral", "Olmoe", "Qwen2"):
         del fields["head_dim"]
     torch.manual_seed(seed)
     model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**fields))

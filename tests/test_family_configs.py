@@ -310,6 +310,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "GLM without groups that hold what is chosen": (GLM_AIR | {"n_group": 64}, "topk_group 1 must be at most n_group"),
     "GLM, not normalised": (GLM_AIR | {"norm_topk_prob": False}, "norm_topk_prob must be True (GLM-4.5)"),
     "GLM with one expert": (GLM_AIR | {"num_experts_per_tok": 1}, "num_experts_per_tok must be a whole number from 2"),
+    "Mixtral with wider heads": (MIXTRAL | {"head_dim": 96}, "head_dim must be 128 (Mixtral), got 96"),
+    "OLMoE with wider heads": (OLMOE | {"head_dim": 96}, "head_dim must be 128 (OLMoE), got 96"),
     "OLMoE, normalised": (OLMOE | {"norm_topk_prob": True}, "norm_topk_prob must be False (OLMoE), got True"),
     "OLMoE with fewer keys": (OLMOE | {"num_key_value_heads": 4}, "num_key_value_heads must be 16 (OLMoE), got 4"),
     "OLMoE with another norm": (OLMOE | {"rms_norm_eps": 1e-6}, "rms_norm_eps must be 1e-05 (OLMoE), got 1e-06"),

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from megatron_rl.families.bounds import MAX_MTP_LAYERS, whole_number
+from megatron_rl.families.bounds import MAX_MTP_LAYERS, MAX_WIDTH, whole_number
 from megatron_rl.families.rotary_fields import rotary_fields
 from megatron_rl.parsing import shown
 
@@ -143,6 +143,13 @@ def flag(values: Mapping[str, Any], name: str, default: bool) -> bool:
     if value is not None and type(value) is not bool:
         raise ValueError(f"{name} must be true or false, got {shown(value)}")
     return default if value is None else value
+
+
+def check_head_dim(values: Mapping[str, Any], why: str) -> None:
+    """Raise ValueError for a `head_dim` that is not the hidden size divided by the heads. For some families SGLang
+    divides, whatever config.json says."""
+    width = count(values, "hidden_size", 1, MAX_WIDTH) / count(values, "num_attention_heads", 1, 4096)
+    check_neutral(values, {"head_dim": (None, int(width) if width.is_integer() else width)}, why)
 
 
 def first_dense_layers(values: Mapping[str, Any]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_rl.families.bounds import MAX_WIDTH
 from megatron_rl.families.family import Family
-from megatron_rl.families.fields import check_neutral, common_fields, count, require
+from megatron_rl.families.fields import check_head_dim, check_neutral, common_fields, count, require
 from megatron_rl.families.tensors import TensorNames
 
 _DEFAULTS = {"rms_norm_eps": 1e-5, "tie_word_embeddings": False}
@@ -24,6 +24,7 @@ def _read(values: Mapping[str, Any]) -> dict[str, Any]:
         "num_key_value_heads": (None, values.get("num_attention_heads")),
     }
     check_neutral(values, as_published, " (OLMoE)")
+    check_head_dim(values, " (OLMoE)")
     return common_fields(values, _DEFAULTS) | {
         "qk_norm": True,
         "qk_norm_joins_heads": True,
