@@ -82,6 +82,7 @@ BAILING_MOE_V2 = Family(
     # The published files have version 1's.
     model_types=("bailing_moe_v2", "bailing_moe"),
     read=_read,
+    is_unscaled_on_cpu=True,
     remote_code=True,
     tensors=TensorNames(
         embedding="model.word_embeddings.weight",

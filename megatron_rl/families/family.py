@@ -13,8 +13,9 @@ class Family:
 
     key: the one in the registry, and `Architecture.family`. architectures, model_types: what config.json says under
     these names; the first decides. read: turns config.json's values into the fields of an Architecture but `family`;
-    ValueError for what is not implemented. remote_code: transformers does not know the family, so SGLang runs the
-    Python file of the model directory that describes it.
+    ValueError for what is not implemented. is_unscaled_on_cpu: SGLang leaves `routed_scaling_factor` out on a CPU.
+    remote_code: transformers does not know the family, so SGLang runs the Python file of the model directory that
+    describes it.
     """
 
     key: str
@@ -22,4 +23,5 @@ class Family:
     model_types: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
     tensors: TensorNames
+    is_unscaled_on_cpu: bool = False
     remote_code: bool = False

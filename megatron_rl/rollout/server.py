@@ -241,7 +241,7 @@ def _refuse_what_a_cpu_cannot(architecture: Architecture) -> None:
     """Raise ValueError for a model of which SGLang 0.5.21 computes something else on a CPU; on a GPU it multiplies
     too."""
     factor = architecture.routed_scaling_factor
-    if factor != 1:
+    if factor != 1 and family_of(architecture).is_unscaled_on_cpu:
         raise ValueError(
             f"SGLang leaves config.json's routed_scaling_factor {factor:g} out on a CPU, so its tokens would be of "
             "another model; set rollout.engine = 'embedded', or let it use a GPU"

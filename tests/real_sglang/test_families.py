@@ -36,7 +36,7 @@ ENDS = [1, *range(20, 30)]
         "qwen3-moe",
         "mistral",
         "mixtral-moe",
-        "glm4-moe",
+        "glm4-moe, groups, biases, no norm of queries",
         "olmoe-moe",
     ],
 )
