@@ -64,6 +64,7 @@ def test_every_layout_comes_back_bit_for_bit(size: int, d: int, per_group: int, 
     cases: list[tuple[TensorLayout, list[torch.Tensor]]] = [
         (qkv, [torch.randn((per_group + 2) * heads * d, h)]),
         (GateUp(), [torch.randn(8, h), torch.randn(8, h)]),
+        (GateUp(separate=False), [torch.randn(16, h)]),
         (Chunked(dim=1), [torch.randn(h, 8)]),
         (Vocabulary(9), [torch.randn(9, h)]),
         (Replicated(), [torch.randn(h)]),

@@ -182,6 +182,12 @@ REAL: dict[str, tuple[dict[str, Any], float]] = {
         | {"rope_theta": 1000000.0, "rms_norm_eps": 1e-5, "sliding_window": None},
         7.25,
     ),
+    "Phi-4": (
+        config("Phi3ForCausalLM", "phi3", 100352, 5120, 17920, 40, 40, 10, 16384, tie_word_embeddings=False)
+        | {"original_max_position_embeddings": 16384, "partial_rotary_factor": 1.0, "sliding_window": None}
+        | {"rope_theta": 250000, "rope_scaling": None, "rms_norm_eps": 1e-5, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+        14.66,
+    ),
     "Mistral-Nemo-Instruct-2407": (
         config("MistralForCausalLM", "mistral", 131072, 5120, 14336, 40, 32, 8, 1024000, tie_word_embeddings=False)
         | {"rope_theta": 1000000.0, "rms_norm_eps": 1e-5, "sliding_window": None, "head_dim": 128},
@@ -280,7 +286,7 @@ def test_real_files_are_read_and_have_the_parameters_that_their_cards_tell(name:
 
 
 LLAMA = REAL["Llama-3.1-8B"][0]
-MISTRAL = REAL["Mistral-7B-Instruct-v0.3"][0]
+MISTRAL, PHI = (REAL[name][0] for name in ("Mistral-7B-Instruct-v0.3", "Phi-4"))
 LING, QWEN3_MOE, GLM_AIR = (WITH_EXPERTS[name][0] for name in ("Ling-mini-2.0", "Qwen3-30B-A3B", "GLM-4.5-Air"))
 BAILING = json.loads((Path(__file__).parents[1] / "examples/ring_lite/ling_lite_1_5/config.json").read_text())
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -289,7 +295,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "architectures ['BailingMoeV2_5ForCausalLM'] with model_type 'bailing_hybrid': Ling and Ring 2.5 and 2.6, "
         "which mix Lightning attention and MLA, are not implemented; it can be BailingMoeForCausalLM, "
         "BailingMoeV2ForCausalLM, Glm4MoeForCausalLM, LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM, "
-        "OlmoeForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM or Qwen3MoeForCausalLM",
+        "OlmoeForCausalLM, Phi3ForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM or Qwen3MoeForCausalLM",
     ),
     "Ling 3.0 under the type of 2.5": (
         LING | {"architectures": ["BailingMoeV3ForCausalLM"], "model_type": "bailing_hybrid"},
@@ -312,6 +318,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "GLM with one expert": (GLM_AIR | {"num_experts_per_tok": 1}, "num_experts_per_tok must be a whole number from 2"),
     "Mixtral with wider heads": (MIXTRAL | {"head_dim": 96}, "head_dim must be 128 (Mixtral), got 96"),
     "OLMoE with wider heads": (OLMOE | {"head_dim": 96}, "head_dim must be 128 (OLMoE), got 96"),
+    "Phi-3-mini-4k": (PHI | {"sliding_window": 2047}, "sliding_window must be absent or null, got 2047"),
+    "Phi-4-mini": (
+        PHI | {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+        "rope_scaling.rope_type must be one of default, linear, llama3, yarn, got 'longrope'",
+    ),
+    "Phi-3 under longrope's old name": (
+        PHI | {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        "rope_type must be 'default' (Phi-3), got 'yarn'",
+    ),
     "OLMoE, normalised": (OLMOE | {"norm_topk_prob": True}, "norm_topk_prob must be False (OLMoE), got True"),
     "OLMoE with fewer keys": (OLMOE | {"num_key_value_heads": 4}, "num_key_value_heads must be 16 (OLMoE), got 4"),
     "OLMoE with another norm": (OLMOE | {"rms_norm_eps": 1e-6}, "rms_norm_eps must be 1e-05 (OLMoE), got 1e-06"),

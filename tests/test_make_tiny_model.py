@@ -133,9 +133,9 @@ def test_newer_families_with_experts_are_written_as_they_are_read(family, tmp_pa
     assert "--expert-groups is for --family bailing_moe_v2 and glm4_moe, got qwen3_moe" in refused.stderr
 
 
-def test_mistral_mixtral_and_olmoe_are_written_as_they_are_read(tmp_path):
+def test_other_families_are_written_as_they_are_read(tmp_path):
     flags = ["--layers", "2", "--hidden-size", "64", "--experts", "4", "--moe-intermediate-size", "48"]
-    for family, widths in (("mistral", (128, 0)), ("mixtral", (0, 48)), ("olmoe", (0, 48))):
+    for family, widths in (("mistral", (128, 0)), ("mixtral", (0, 48)), ("olmoe", (0, 48)), ("phi3", (128, 0))):
         assert make(tmp_path / family, *flags, "--kv-heads", "4", "--family", family).returncode == 0
         found = load_architecture(tmp_path / family)
         assert (found.family, found.intermediate_size, found.moe_intermediate_size) == (family, *widths)

@@ -335,6 +335,10 @@ def _olmoe_fields(model: TinyModel) -> dict[str, Any]:
     }
 
 
+def _phi3_fields(model: TinyModel) -> dict[str, Any]:
+    return {"attention_bias": False, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "sliding_window": None}
+
+
 def _qwen3_moe_fields(model: TinyModel) -> dict[str, Any]:
     return _expert_fields(model) | {
         "head_dim": model.head_dim,
@@ -350,6 +354,7 @@ _FAMILY_FIELDS: dict[str, Callable[[TinyModel], dict[str, Any]]] = {
     "mistral": _mistral_fields,
     "mixtral": _mixtral_fields,
     "olmoe": _olmoe_fields,
+    "phi3": _phi3_fields,
     "qwen3_moe": _qwen3_moe_fields,
 }
 

@@ -96,18 +96,22 @@ class GroupedQkv(Chunked):
 
 @dataclass(frozen=True, slots=True)
 class GateUp:
-    """Maps gate_proj [I, H] and up_proj [I, H] <-> linear_fc1 [2I, H]. Each rank holds [its gate rows; its up rows]."""
+    """Maps gate_proj [I, H] and up_proj [I, H] <-> linear_fc1 [2I, H]. Each rank holds [its gate rows; its up rows].
+
+    separate: the two are two Hugging Face tensors; else one, with the rows of linear_fc1.
+    """
+
+    separate: bool = True
 
     @property
     def interleaves(self) -> bool:
         return False
 
     def merge(self, tensors: Sequence[Tensor]) -> Tensor:
-        gate, up = tensors
-        return torch.cat([gate, up])
+        return torch.cat(list(tensors)) if self.separate else tensors[0]
 
     def split(self, full: Tensor) -> tuple[Tensor, ...]:
-        return full.chunk(2)
+        return full.chunk(2) if self.separate else (full,)
 
     def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
         gate, up = full.chunk(2)

@@ -154,7 +154,8 @@ def _attention(model: Architecture, names: TensorNames, mcore: str, hf: str) -> 
 
 
 def _mlp(names: TensorNames, mcore: str, hf: str) -> Iterator[_Entry]:
-    yield _entry(mcore + "linear_fc1.weight", (hf + names.gate, hf + names.up), GateUp())
+    gate_up = tuple(hf + name for name in names.gate_up)
+    yield _entry(mcore + "linear_fc1.weight", gate_up, GateUp(separate=len(gate_up) > 1))
     yield _entry(mcore + "linear_fc2.weight", hf + names.down, Chunked(dim=1))
 
 

@@ -33,8 +33,7 @@ MIXTRAL = Family(
     tensors=TensorNames(
         router="block_sparse_moe.gate.weight",
         experts="block_sparse_moe.experts.{}.",
-        gate="w1.weight",
-        up="w3.weight",
+        gate_up=("w1.weight", "w3.weight"),
         down="w2.weight",
     ),
 )

@@ -17,7 +17,8 @@ class TensorNames:
 
     layer, experts: with the number in place of {}. What follows them is the name within a layer. qkv: the projections
     of queries, keys and values without `.weight` or `.bias`: one name where the file has them in one tensor, all
-    queries first. qk_norms: of queries and of keys. expert_bias: fp32 in every file, whatever the model's type is.
+    queries first. gate_up: those of an MLP's gate and of what it gates: one name where they are one tensor, the gate
+    first. qk_norms: of queries and of keys. expert_bias: fp32 in every file, whatever the model's type is.
     """
 
     embedding: str = "model.embed_tokens.weight"
@@ -34,8 +35,7 @@ class TensorNames:
     expert_bias: str = "mlp.gate.expert_bias"
     experts: str = "mlp.experts.{}."
     shared: str = "mlp.shared_experts."
-    gate: str = "gate_proj.weight"
-    up: str = "up_proj.weight"
+    gate_up: tuple[str, ...] = ("gate_proj.weight", "up_proj.weight")
     down: str = "down_proj.weight"
 
     def shapes(self, model: Architecture) -> dict[str, Shape]:
@@ -88,6 +88,6 @@ class TensorNames:
             yield from self._mlp(self.shared, h, model.shared_intermediate_size)
 
     def _mlp(self, prefix: str, hidden: int, width: int) -> Iterator[tuple[str, Shape]]:
-        yield prefix + self.gate, (width, hidden)
-        yield prefix + self.up, (width, hidden)
+        rows = 2 * width // len(self.gate_up)
+        yield from ((prefix + name, (rows, hidden)) for name in self.gate_up)
         yield prefix + self.down, (hidden, width)

@@ -35,6 +35,7 @@ DIVIDED = [
     "mixtral-moe",
     "glm4-moe, groups, biases, no norm of queries",
     "olmoe-moe",
+    "phi3",
 ]
 
 

@@ -38,6 +38,7 @@ ENDS = [1, *range(20, 30)]
         "mixtral-moe",
         "glm4-moe, groups, biases, no norm of queries",
         "olmoe-moe",
+        "phi3",
     ],
 )
 def test_sglang_has_the_logprobs_and_the_end_tokens_of_the_files(case: str, tmp_path: Path) -> None:

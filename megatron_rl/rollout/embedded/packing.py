@@ -89,9 +89,8 @@ def places(weights: ModelWeights, config: Architecture) -> dict[str, Tensor]:
         found[names.head] = weights.head.t()
 
     def add_mlp(prefix: str, mlp: Mlp) -> None:
-        width = mlp.down.shape[0]
-        found[prefix + names.gate] = mlp.gate_up[:, :width].t()
-        found[prefix + names.up] = mlp.gate_up[:, width:].t()
+        parts = mlp.gate_up.chunk(len(names.gate_up), dim=1)
+        found.update((prefix + name, part.t()) for name, part in zip(names.gate_up, parts, strict=True))
         found[prefix + names.down] = mlp.down.t()
 
     for index, layer in enumerate(weights.layers):
