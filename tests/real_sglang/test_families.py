@@ -11,7 +11,6 @@ import torch
 from family_models import make, transformers_logprobs, transformers_model
 from reference import forward, load_reference
 from safetensors.torch import load_file, save_file
-from served import answers
 from test_export import PYTHON, ROOT
 
 from megatron_rl.checkpoint.names import name_table
@@ -41,30 +40,44 @@ ENDS = [1, *range(20, 30)]
         "phi3",
     ],
 )
-def test_sglang_has_the_logprobs_and_the_end_tokens_of_the_files(case: str, tmp_path: Path) -> None:
-    model = make(case, tmp_path / "model")
+def test_sglang_has_the_logprobs_and_the_end_tokens_of_the_files_and_of_a_push(case: str, tmp_path: Path) -> None:
+    model, other = (make(case, tmp_path / f"model{seed}", seed) for seed in (0, 1))
     write_tokenizer(model, TinyModel())  # SGLang looks at one, though it is told not to use it
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": ENDS}))
     rng = random.Random(1)
     ids = [rng.randrange(97) for _ in range(100)]
-    server = SglangServer(model, tmp_path / "log", python=PYTHON, max_running_requests=8, context_length=200)
-    with torch.no_grad():
-        expected = transformers_logprobs(transformers_model(model), ids)
     of_prompt = {"input_ids": ids, "sampling_params": {"max_new_tokens": 1}}
     of_prompt |= {"return_logprob": True, "logprob_start_len": 0}
-    drawn = [
-        {"input_ids": [rng.randrange(40, 97) for _ in range(6)], "sampling_params": {"max_new_tokens": 90}}
-        for _ in range(6)
-    ]
-    prompt, *responses = answers(server, [of_prompt, *drawn], seconds=900)
-    found = [logprob for logprob, _, _ in prompt["meta_info"]["input_token_logprobs"][1:]]
-    assert (torch.tensor(found) - expected).abs().max() < 2e-5
-    for response in responses:
-        *before, last = response["output_ids"]
-        assert not set(before) & set(ENDS)
-        assert last in ENDS
-        assert response["meta_info"]["finish_reason"]["type"] == "stop"
-    assert {response["output_ids"][-1] for response in responses} != {1}, "only config.json's"
+    server = SglangServer(model, tmp_path / "log", python=PYTHON, max_running_requests=8, context_length=200)
+    try:
+        server.wait_ready(900)
+        with httpx.Client(base_url=server.url, timeout=900) as client:
+
+            def ask(body: dict) -> dict:
+                return client.post("/generate", json=body).raise_for_status().json()
+
+            def difference(folder: Path) -> float:
+                with torch.no_grad():
+                    expected = transformers_logprobs(transformers_model(folder), ids)
+                found = [logprob for logprob, _, _ in ask(of_prompt)["meta_info"]["input_token_logprobs"][1:]]
+                return float((torch.tensor(found) - expected).abs().max())
+
+            assert difference(model) < 2e-5
+            last_tokens = set()
+            for _ in range(6):
+                drawn = [rng.randrange(40, 97) for _ in range(6)]
+                response = ask({"input_ids": drawn, "sampling_params": {"max_new_tokens": 90}})
+                *before, last = response["output_ids"]
+                assert not set(before) & set(ENDS)
+                assert last in ENDS
+                assert response["meta_info"]["finish_reason"]["type"] == "stop"
+                last_tokens.add(last)
+            assert last_tokens != {1}, "only config.json's"
+            push(other, client)
+            client.post("/flush_cache").raise_for_status()
+            assert difference(other) < 2e-5
+    finally:
+        server.stop()
 
 
 def make_v2(folder: Path, seed: int) -> Path:
