@@ -96,7 +96,17 @@ def peft_model(folder: Path, factors: dict[str, torch.Tensor]) -> tuple[Any, dic
     """Make transformers' class with peft's adapters, and list the names that each of our factors has there: of a fused
     weight's `lora_a` every projection has a copy."""
     peft = pytest.importorskip("peft", reason="peft is not installed; `make install` brings it")
-    projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    projections = [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "qkv_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "gate_up_proj",
+        "down_proj",
+    ]
     config = peft.LoraConfig(r=LORA["rank"], lora_alpha=LORA["alpha"], use_rslora=True, target_modules=projections)
     model = peft.get_peft_model(transformers_model(folder), config)
     parameters = dict(model.named_parameters())
@@ -114,7 +124,7 @@ def peft_model(folder: Path, factors: dict[str, torch.Tensor]) -> tuple[Any, dic
     return model, places
 
 
-@pytest.mark.parametrize("case", ["llama, tied, one key-value head, llama3", "qwen2"])
+@pytest.mark.parametrize("case", ["llama, tied, one key-value head, llama3", "phi3", "qwen2"])
 def test_the_trainer_has_the_logprobs_and_gradients_of_peft_on_transformers(case: str, tmp_path: Path) -> None:
     folder = make(case, tmp_path / "model")
     spec = make_spec(folder, traced=[], lora=LORA)
