@@ -79,6 +79,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Olmoe",
         {"num_experts": 6, "num_experts_per_tok": 2, "num_key_value_heads": 4, "hidden_size": 64},
     ),
+    "olmo2": ("Olmo2", {"hidden_size": 64, "rope_parameters": ROPES["linear"]}),
     "phi3": ("Phi3", {"hidden_size": 64, "num_key_value_heads": 1}),
     "qwen3, tied, yarn": ("Qwen3", {"tie_word_embeddings": True, "rope_parameters": ROPES["yarn"]}),
 }
@@ -90,7 +91,7 @@ def make(case: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
 
     family, own = CASES[case]
     fields = {**SHAPE, "rope_parameters": ROPES["default"], **own, **changes}
-    if family in ("Mixtral", "Olmoe", "Phi3", "Qwen2"):
+    if family in ("Mixtral", "Olmo2", "Olmoe", "Phi3", "Qwen2"):
         del fields["head_dim"]
     torch.manual_seed(seed)
     model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**fields))

@@ -111,7 +111,7 @@ def test_contradictions_are_found_without_a_machine(options: dict, layout: dict,
 def test_transformer_engine_cannot_norm_all_heads_together() -> None:
     joined = BAILING.model_copy(update={"qk_norm": True, "qk_norm_joins_heads": True})
     (problem,) = problems(section(layers="transformer_engine"), joined, Layout(world_size=1))
-    assert "cannot norm all heads of a token together" in problem
+    assert "has not the norms of this model" in problem
     assert not list(problems(section(), joined, Layout(world_size=1)))
 
 

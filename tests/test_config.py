@@ -281,15 +281,6 @@ def test_a_layout_that_does_not_divide_is_refused(layout: dict, message: str) ->
         Layout(**layout).check(small_model())
 
 
-def test_a_norm_over_all_heads_has_no_tensor_parallelism() -> None:
-    joined = small_model().model_copy(update={"qk_norm": True, "qk_norm_joins_heads": True})
-    Layout(world_size=2, expert=2).check(joined)
-    with pytest.raises(
-        ValueError, match=r"parallel.tensor must be 1 for a model that norms all heads .* got 2; set par"
-    ):
-        Layout(world_size=2, tensor=2).check(joined)
-
-
 @pytest.mark.parametrize(
     ("num_layers", "pipeline", "expected"),
     [(28, 1, (28,)), (28, 4, (7, 7, 7, 7)), (5, 2, (3, 2)), (28, 8, (3, 4, 4, 4, 4, 3, 3, 3)), (27, 4, (7, 7, 7, 6))],

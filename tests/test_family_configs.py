@@ -122,6 +122,16 @@ OLMOE = config("OlmoeForCausalLM", "olmoe", 50304, 2048, 1024, 16, 16, 16, 4096,
     "router_aux_loss_coef": 0.01,
     "eos_token_id": 50279,
 }
+OLMO2 = config("Olmo2ForCausalLM", "olmo2", 100352, 2048, 8192, 16, 16, 16, 4096, tie_word_embeddings=False) | {
+    "attention_bias": False,
+    "rope_theta": 500000,
+    "rope_scaling": None,
+    "eos_token_id": 100257,
+}
+OLMO2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+OLMO2_7B |= {"num_attention_heads": 32, "num_key_value_heads": 32}
+OLMO2_32B = {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64}
+OLMO2_32B |= {"num_attention_heads": 40, "num_key_value_heads": 8}
 # As published, but for fields that say nothing about numbers; and the parameters of their model cards, in billions.
 REAL: dict[str, tuple[dict[str, Any], float]] = {
     "SmolLM2-135M-Instruct": (
@@ -188,6 +198,9 @@ REAL: dict[str, tuple[dict[str, Any], float]] = {
         | {"rope_theta": 250000, "rope_scaling": None, "rms_norm_eps": 1e-5, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
         14.66,
     ),
+    "OLMo-2-0425-1B-Instruct": (OLMO2, 1.48),
+    "OLMo-2-1124-7B-Instruct": (OLMO2 | OLMO2_7B, 7.30),
+    "OLMo-2-0325-32B-Instruct": (OLMO2 | OLMO2_32B, 32.2),
     "Mistral-Nemo-Instruct-2407": (
         config("MistralForCausalLM", "mistral", 131072, 5120, 14336, 40, 32, 8, 1024000, tie_word_embeddings=False)
         | {"rope_theta": 1000000.0, "rms_norm_eps": 1e-5, "sliding_window": None, "head_dim": 128},
@@ -295,7 +308,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "architectures ['BailingMoeV2_5ForCausalLM'] with model_type 'bailing_hybrid': Ling and Ring 2.5 and 2.6, "
         "which mix Lightning attention and MLA, are not implemented; it can be BailingMoeForCausalLM, "
         "BailingMoeV2ForCausalLM, Glm4MoeForCausalLM, LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM, "
-        "OlmoeForCausalLM, Phi3ForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM or Qwen3MoeForCausalLM",
+        "Olmo2ForCausalLM, OlmoeForCausalLM, Phi3ForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM or "
+        "Qwen3MoeForCausalLM",
     ),
     "Ling 3.0 under the type of 2.5": (
         LING | {"architectures": ["BailingMoeV3ForCausalLM"], "model_type": "bailing_hybrid"},

@@ -135,7 +135,13 @@ def test_newer_families_with_experts_are_written_as_they_are_read(family, tmp_pa
 
 def test_other_families_are_written_as_they_are_read(tmp_path):
     flags = ["--layers", "2", "--hidden-size", "64", "--experts", "4", "--moe-intermediate-size", "48"]
-    for family, widths in (("mistral", (128, 0)), ("mixtral", (0, 48)), ("olmoe", (0, 48)), ("phi3", (128, 0))):
+    for family, widths in (
+        ("mistral", (128, 0)),
+        ("mixtral", (0, 48)),
+        ("olmo2", (128, 0)),
+        ("olmoe", (0, 48)),
+        ("phi3", (128, 0)),
+    ):
         assert make(tmp_path / family, *flags, "--kv-heads", "4", "--family", family).returncode == 0
         found = load_architecture(tmp_path / family)
         assert (found.family, found.intermediate_size, found.moe_intermediate_size) == (family, *widths)

@@ -323,6 +323,10 @@ def _mixtral_fields(model: TinyModel) -> dict[str, Any]:
     }
 
 
+def _olmo2_fields(model: TinyModel) -> dict[str, Any]:
+    return {"attention_bias": False}
+
+
 def _olmoe_fields(model: TinyModel) -> dict[str, Any]:
     return {
         "attention_bias": False,
@@ -353,6 +357,7 @@ _FAMILY_FIELDS: dict[str, Callable[[TinyModel], dict[str, Any]]] = {
     "glm4_moe": _glm4_moe_fields,
     "mistral": _mistral_fields,
     "mixtral": _mixtral_fields,
+    "olmo2": _olmo2_fields,
     "olmoe": _olmoe_fields,
     "phi3": _phi3_fields,
     "qwen3_moe": _qwen3_moe_fields,

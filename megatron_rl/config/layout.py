@@ -97,11 +97,6 @@ class Layout:
         """Tell when ranks would not have equal heads. Several ranks may share a key-value head: then each of them has
         the keys and values of one, and its own part of the queries that look at it."""
         queries, pairs = model.num_attention_heads, model.num_key_value_heads
-        if model.qk_norm_joins_heads and self.tensor > 1:
-            yield (
-                f"parallel.tensor must be 1 for a model that norms all heads of a token together ({model.family}), got "
-                f"{self.tensor}; set parallel.expert, which divides its experts"
-            )
 
         def divides(size: int) -> bool:
             rows = (queries + 2 * pairs) * model.head_dim

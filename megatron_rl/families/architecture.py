@@ -40,6 +40,8 @@ class Architecture(BaseModel):
     layers; 0 where there is none. dense_layers: the layers without experts, of a model that has some. qkv_bias: query,
     key and value projections have one. qk_norm: RMS norm of queries and keys, before rotary: over head_dim, or with
     qk_norm_joins_heads over all heads of the queries of a token, and over all of its keys.
+    norms_outputs: the two norms of a layer are of what attention and the MLP give, before that is added to the rest,
+    and not of what they read.
     norm_head: logits are those of the head divided by its norm over the vocabulary, column by column.
     score_function: makes scores of the router's logits: softmax over all experts, or sigmoid of each alone.
     expert_bias: experts are chosen by score + a bias, which training leaves as it is and which does not enter their
@@ -66,6 +68,7 @@ class Architecture(BaseModel):
     qkv_bias: Flag = False
     qk_norm: Flag = False
     qk_norm_joins_heads: Flag = False
+    norms_outputs: Flag = False
     rotary: Rotary = Rotary()
     dense_layers: tuple[int, ...] = ()
     num_experts: Annotated[int, whole(0, 2**16)] = 0

@@ -18,6 +18,7 @@ from megatron_rl.families.glm4_moe import GLM4_MOE
 from megatron_rl.families.llama import LLAMA
 from megatron_rl.families.mistral import MISTRAL
 from megatron_rl.families.mixtral import MIXTRAL
+from megatron_rl.families.olmo2 import OLMO2
 from megatron_rl.families.olmoe import OLMOE
 from megatron_rl.families.phi3 import PHI3
 from megatron_rl.families.qwen2 import QWEN2
@@ -28,7 +29,20 @@ from megatron_rl.parsing import read_json, shown
 
 FAMILIES: Mapping[str, Family] = {
     family.key: family
-    for family in (BAILING_MOE, BAILING_MOE_V2, GLM4_MOE, LLAMA, MISTRAL, MIXTRAL, OLMOE, PHI3, QWEN2, QWEN3, QWEN3_MOE)
+    for family in (
+        BAILING_MOE,
+        BAILING_MOE_V2,
+        GLM4_MOE,
+        LLAMA,
+        MISTRAL,
+        MIXTRAL,
+        OLMO2,
+        OLMOE,
+        PHI3,
+        QWEN2,
+        QWEN3,
+        QWEN3_MOE,
+    )
 }
 # Relatives of a family that are other models, by what config.json calls their type and how it begins their class.
 _OTHERS = {

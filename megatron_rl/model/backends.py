@@ -107,10 +107,10 @@ def problems(
             f"{wanted} cannot scale rotary embeddings, and config.json asks for {architecture.rotary.kind!r}; set "
             "model.layers = 'local' and model.fp8 = 'none'"
         )
-    if wanted and architecture.qk_norm_joins_heads:
+    if wanted and (architecture.qk_norm_joins_heads or architecture.norms_outputs):
         yield (
-            f"{wanted} cannot norm all heads of a token together, as this model does ({architecture.family}); set "
-            "model.layers = 'local' and model.fp8 = 'none'"
+            f"{wanted} has not the norms of this model ({architecture.family}); set model.layers = 'local' and "
+            "model.fp8 = 'none'"
         )
     if model.router_dtype == "bfloat16" and architecture.score_function == "sigmoid":
         yield (

@@ -63,7 +63,14 @@ from megatron_rl.model import kernels  # noqa: E402
 from megatron_rl.model.backends import Backends, Installed, choose  # noqa: E402
 from megatron_rl.model.experts import GroupedExperts, GroupedLayer  # noqa: E402
 from megatron_rl.model.head import Head  # noqa: E402
-from megatron_rl.model.layers import FlashAttention, FlashAttention4, JoinedHeadsNorm, PackedAttention, RMSNorm  # noqa: E402
+from megatron_rl.model.layers import (  # noqa: E402
+    FlashAttention,
+    FlashAttention4,
+    JoinedHeadsNorm,
+    OutputNorm,
+    PackedAttention,
+    RMSNorm,
+)
 from megatron_rl.model.lora import AdaptedProvider, add_adapters, initial_factor, is_factor  # noqa: E402
 from megatron_rl.model.megatron_config import DTYPES, transformer_config  # noqa: E402
 from megatron_rl.model.router import Layer, Router  # noqa: E402
@@ -137,12 +144,13 @@ def _layer_submodules(
         return layer
     backend = LocalSpecProvider() if lora is None else AdaptedProvider()
     mlp = get_mlp_module_spec_for_backend(backend, num_experts=num_experts)
+    layer_norm = OutputNorm if architecture.norms_outputs else RMSNorm
     norms: list[Any] = [RMSNorm if architecture.qk_norm else None] * 2
     if architecture.qk_norm_joins_heads:
         numbers = (architecture.num_attention_heads, architecture.num_key_value_heads)
         norms = [partial(JoinedHeadsNorm, num_heads=number) for number in numbers]
     return TransformerLayerSubmodules(
-        input_layernorm=RMSNorm,
+        input_layernorm=layer_norm,
         self_attention=ModuleSpec(
             module=SelfAttention,
             params={"attn_mask_type": AttnMaskType.causal},
@@ -155,7 +163,7 @@ def _layer_submodules(
             ),
         ),
         self_attn_bda=get_bias_dropout_add,
-        pre_mlp_layernorm=RMSNorm,
+        pre_mlp_layernorm=layer_norm,
         mlp=_with_router(mlp, backends) if is_moe else mlp,
         mlp_bda=get_bias_dropout_add,
         # A distributed checkpoint has the names of Transformer Engine's layers, whatever layers wrote it.

@@ -20,7 +20,12 @@ from megatron_rl.model.packing import PackedSequences
 
 import_megatron()
 
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region  # noqa: E402
+from megatron.core.parallel_state import get_tensor_model_parallel_rank  # noqa: E402
+from megatron.core.tensor_parallel.mappings import (  # noqa: E402
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 
 
 class RMSNorm(torch.nn.Module):
@@ -44,15 +49,45 @@ class RMSNorm(torch.nn.Module):
         return self.weight * normed.to(hidden.dtype)
 
 
+class OutputNorm(RMSNorm):
+    """Computes the norm of what attention or an MLP gives.
+
+    Its weight has the place of Megatron's norm of what they read, which here passes everything through.
+    """
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def add(self, output: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+        """Take the place of what Megatron adds up with. There is neither bias nor dropout."""
+        assert output[1] is None and not dropout
+        return residual + super().forward(output[0])
+
+
 class JoinedHeadsNorm(RMSNorm):
-    """Computes the norm of a token's heads, [..., N, D], as if they were one vector. It needs all heads, so there is no
-    tensor parallelism."""
+    """Computes the norm of all heads of a token, [..., N, D], as if they were one vector.
+
+    num_heads: of the model. A tensor-parallel rank has N of them, in the order of the ranks, or shares one with the ranks
+    beside it. The ranks add up their squares in the forward pass, and the gradients of the sum in the backward pass.
+    Each rank holds the weights of all heads. Megatron adds up their gradients over the ranks.
+    """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, *, num_heads: int) -> None:
         super().__init__(config, num_heads * hidden_size, eps)
+        self.num_heads, self.num_ranks = num_heads, config.tensor_model_parallel_size
 
     def forward(self, heads: Tensor) -> Tensor:
-        return super().forward(heads.flatten(-2)).unflatten(-1, heads.shape[-2:])
+        joined = heads.flatten(-2)
+        normed = super().forward(joined) if self.num_ranks == 1 else self._over_ranks(joined)
+        return normed.unflatten(-1, heads.shape[-2:])
+
+    def _over_ranks(self, joined: Tensor) -> Tensor:
+        wide = joined if joined.dtype == torch.float64 else joined.float()
+        squares = reduce_from_tensor_model_parallel_region(wide.square().mean(-1, keepdim=True))
+        mean = copy_to_tensor_model_parallel_region(squares) / self.num_ranks
+        first = get_tensor_model_parallel_rank() * self.num_heads // self.num_ranks
+        weight = self.weight.unflatten(0, (self.num_heads, -1))[first:].flatten()[: joined.shape[-1]]
+        return weight * (wide * torch.rsqrt(mean + self.eps)).to(joined.dtype)
 
 
 class PackedAttention(torch.nn.Module):

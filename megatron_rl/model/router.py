@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_rl.device import import_megatron
 from megatron_rl.expert_choice import top_experts
+from megatron_rl.model.layers import OutputNorm
 
 import_megatron()
 
@@ -146,7 +147,14 @@ class Router(TopKRouter):
 
 
 class Layer(TransformerLayer):
-    """Is Megatron's layer. Its router gets the experts of the micro-batch that is to pass."""
+    """Is Megatron's layer. Its router gets the experts of the micro-batch that is to pass. Where its norms are
+    `OutputNorm`s they take part in what it adds up."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if isinstance(self.input_layernorm, OutputNorm):
+            self.self_attn_bda = lambda *_: self.input_layernorm.add
+            self.mlp_bda = lambda *_: self.pre_mlp_layernorm.add
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.is_moe_layer:

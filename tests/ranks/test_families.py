@@ -23,6 +23,7 @@ from megatron_rl.rollout.embedded.load import load_weights
 
 ROOT = Path(__file__).parents[2]
 LAYOUTS = {"alone": (1, {}), "TP2": (2, {"tensor": 2}), "PP2": (2, {"pipeline": 2}), "CP2": (2, {"context": 2})}
+# Two ranks share each key-value head.
 OF_HEADS = {"TP4": (4, {"tensor": 4})}
 OF_EXPERTS = {"EP2": (2, {"expert": 2}), "TP2-ETP2": (2, {"tensor": 2, "expert_tensor": 2})}
 # Each family whole, and divided; scaled rotary embeddings beyond the original length.
@@ -34,6 +35,7 @@ DIVIDED = [
     "qwen3-moe, not renormalised, some layers dense",
     "mixtral-moe",
     "glm4-moe, groups, biases, no norm of queries",
+    "olmo2",
     "olmoe-moe",
     "phi3",
 ]
@@ -81,11 +83,10 @@ def test_the_trainer_has_the_logprobs_and_gradients_of_transformers(
     with torch.no_grad():
         logprobs = [transformers_logprobs(model, row["token_ids"]) for row in spec["sequences"]]
     gradient = transformers_gradient(model, spec)
-    for layout, (num_ranks, parallel) in (LAYOUTS | (OF_EXPERTS if "moe" in case else {})).items():
+    more = OF_EXPERTS if "moe" in case else OF_HEADS if case == "olmo2" else {}
+    for layout, (num_ranks, parallel) in (LAYOUTS | more).items():
         if layout != "alone" and case not in DIVIDED:
             continue
-        if "tensor" in parallel and load_architecture(models[case]).qk_norm_joins_heads:
-            continue  # refused
         found = run_ranks(num_ranks, spec | {"parallel": parallel}, tmp_path / layout)
         for i, (row, expected) in enumerate(zip(spec["sequences"], logprobs, strict=True)):
             own = expected[row["num_prompt_tokens"] - 1 :]
@@ -101,7 +102,7 @@ def test_the_gradient_is_that_of_a_plain_fp64_reference_over_layouts(
     spec = make_spec(models[case], dtype="float64", traced=[])
     config, weights = load_reference(models[case])
     policy_loss(config, weights, spec, spec["algorithms"][0]).backward()
-    # In the last one two ranks share each key-value head, also under the norms of queries and keys.
+    # TP4 is also under the norms of queries and keys.
     for layout in ("alone", "TP2", "CP2", *(["TP4"] if case == "qwen3" else [])):
         num_ranks, parallel = (LAYOUTS | OF_HEADS)[layout]
         found = run_ranks(num_ranks, spec | {"parallel": parallel}, tmp_path / layout)

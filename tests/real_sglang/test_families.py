@@ -36,6 +36,7 @@ ENDS = [1, *range(20, 30)]
         "mistral",
         "mixtral-moe",
         "glm4-moe, groups, biases, no norm of queries",
+        "olmo2",
         "olmoe-moe",
         "phi3",
     ],

@@ -66,9 +66,14 @@ class EmbeddedModel:
         eps = self.config.rms_norm_eps
         x = weights.embedding[batch.tokens]
         for index, layer in enumerate(weights.layers):
+            record = None if batch.routed is None else batch.routed[:, index]
+            if self.config.norms_outputs:
+                context = self._attention(layer, x, cache, index, batch, shared)
+                x = x + rms_norm(torch.mm(context, layer.dense), layer.input_norm, eps)
+                x = x + rms_norm(self._feed_forward(layer, torch.zeros_like(x), x, record), layer.mlp_norm, eps)
+                continue
             context = self._attention(layer, rms_norm(x, layer.input_norm, eps), cache, index, batch, shared)
             x = torch.addmm(x, context, layer.dense)
-            record = None if batch.routed is None else batch.routed[:, index]
             x = self._feed_forward(layer, x, rms_norm(x, layer.mlp_norm, eps), record)
         return rms_norm(x, weights.final_norm, eps)
 
