@@ -67,7 +67,7 @@ class OutputNorm(RMSNorm):
 class JoinedHeadsNorm(RMSNorm):
     """Computes the norm of all heads of a token, [..., N, D], as if they were one vector.
 
-    num_heads: of the model. A tensor-parallel rank has N of them, in the order of the ranks, or shares one with the ranks
+    num_heads: of the model. A tensor-parallel rank has N of them, in the order of the ranks, or shares one with ranks
     beside it. The ranks add up their squares in the forward pass, and the gradients of the sum in the backward pass.
     Each rank holds the weights of all heads. Megatron adds up their gradients over the ranks.
     """
