@@ -21,6 +21,7 @@ import figures
 import stages
 
 from megatron_rl import lifeline
+from megatron_rl.families.registry import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = Path(__file__).parent / "demo"
@@ -28,16 +29,13 @@ CONFIGS = Path(__file__).parent / "demo"
 KINDS = ["sort", "filter"]
 DIFFICULTIES = ["1"]
 # Options of tools/make_tiny_model.py, so that a tiny model has what the large ones of its family have.
-FAMILIES = {
-    "bailing_moe": [],
+OPTIONS_OF = {
     "bailing_moe_v2": [
         *("--expert-groups", "4", "--top-expert-groups", "2", "--shared-experts", "1", "--first-k-dense-replace", "1"),
         *("--moe-intermediate-size", "96", "--routed-scaling-factor", "2.5"),
     ],
     "glm4_moe": ["--shared-experts", "1", "--first-k-dense-replace", "1", "--routed-scaling-factor", "2.5"],
-    "mixtral": [],
     "olmoe": ["--kv-heads", "4"],
-    "qwen3_moe": [],
 }
 
 
@@ -72,7 +70,7 @@ class Demo:
         self.prepare_folder()
         folder, seed = self.folder, str(self.arguments.seed)
         if not (folder / "model").exists():
-            flags = ["--seed", seed, "--family", self.arguments.family, *FAMILIES[self.arguments.family]]
+            flags = ["--seed", seed, "--family", self.arguments.family, *OPTIONS_OF.get(self.arguments.family, [])]
             stages.run_python("a tiny model", ROOT / "tools/make_tiny_model.py", folder / "model", *flags)
         if not (folder / "data/test.jsonl").exists():
             options = ["--kinds", *KINDS, "--difficulties", *DIFFICULTIES, "--num-test", "1024", "--seed", seed]
