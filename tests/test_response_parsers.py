@@ -59,6 +59,19 @@ def read(parser, text, context="", tools=TOOLS):
         ("llama3", f'so <|python_tag|>{LLAMA_CALL}; {{"name": "b"}}', ("", "so", [*ADD, ("b", {})], 0)),
         ("llama3", f"{LLAMA_CALL} and more", ("", f"{LLAMA_CALL} and more", [], 1)),
         ("llama3", "{x}", ("", "{x}", [], 1)),
+        ("mistral", '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}]', ("", "", ADD, 0)),
+        (
+            "mistral",
+            'so [TOOL_CALLS][{"name": "add", "arguments": {"a": 1}, "id": "123456789"}, {"name": "now"}]',
+            ("", "so", [*ADD, ("now", {})], 0),
+        ),
+        ("mistral", '[TOOL_CALLS]add[ARGS]{"a": 1}[TOOL_CALLS]now[ARGS]{}', ("", "", [*ADD, ("now", {})], 0)),
+        ("mistral", '[TOOL_CALLS]add[CALL_ID]123456789[ARGS]{"a": 1}', ("", "", ADD, 0)),
+        ("mistral", "no call", ("", "no call", [], 0)),
+        ("mistral", "[TOOL_CALLS]add[ARGS]{", ("", "[TOOL_CALLS]add[ARGS]{", [], 1)),
+        ("mistral", "[TOOL_CALLS] []", ("", "[TOOL_CALLS] []", [], 1)),
+        ("mistral", '[TOOL_CALLS] [{"name": 3}]', ("", '[TOOL_CALLS] [{"name": 3}]', [], 1)),
+        ("mistral", "[TOOL_CALLS]add[ARGS][1]", ("", "[TOOL_CALLS]add[ARGS][1]", [], 1)),
         ("none", f"<think>why</think>{JSON_CALL}", ("why", JSON_CALL, [], 0)),
     ],
 )
@@ -68,6 +81,7 @@ def test_each_family_writes_calls_in_its_own_way(parser, text, expected) -> None
 
 def test_without_tools_nothing_is_a_call() -> None:
     assert read("hermes", JSON_CALL, tools=[]) == ("", JSON_CALL, [], 0)
+    assert read("mistral", "[TOOL_CALLS] []", tools=[]) == ("", "[TOOL_CALLS] []", [], 0)
     assert read("llama3", '{"name": "add"}', tools=[]) == ("", '{"name": "add"}', [], 0)
 
 
@@ -87,6 +101,7 @@ def test_the_parser_is_found_by_the_tokenizer_and_an_unknown_name_is_refused() -
     assert found("<role>ASSISTANT</role><tool_call>") is PARSERS["ling"]
     assert found("<tool_call><arg_key>") is PARSERS["ling"]
     assert found("<|start_header_id|>ipython") is PARSERS["llama3"]
+    assert found("{{ '[TOOL_CALLS]' }}") is PARSERS["mistral"]
     assert found("{{ messages }}") is PARSERS["none"]
     with pytest.raises(ValueError, match=r"tool_parser must be one of auto, template, hermes.*, got 'herms'.*hermes"):
         parser_for(SimpleNamespace(chat_template="", response_template=None), "herms")

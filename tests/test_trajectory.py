@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from megatron_rl.gateway.parsers import parser_for
 from megatron_rl.gateway.policy import Policy
 from megatron_rl.gateway.recording import Recording, Turn
 from megatron_rl.gateway.requests import parse_chat, parse_text
-from megatron_rl.gateway.trajectory import Limits, Seat, Trajectory, TrajectoryEnded
+from megatron_rl.gateway.trajectory import Limits, Seat, Trajectory, TrajectoryEnded, call_id
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 CALL = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>'
@@ -131,6 +132,13 @@ def test_calls_of_tools_are_found_and_their_results_go_behind_what_was_sampled(t
         assert here.trajectory.counts["tool_calls"] == 1
 
     run(talk())
+
+
+def test_ids_of_calls_are_what_mistrals_templates_ask_for() -> None:
+    ids = [call_id(digest, index) for digest in ("a" * 64, "b" * 64) for index in range(20)]
+    assert all(re.fullmatch("[a-zA-Z0-9]{9}", one) for one in ids)
+    assert len(set(ids)) == len(ids)
+    assert call_id("a" * 64, 3) == ids[3]
 
 
 def test_the_end_of_a_turn_that_the_policy_did_not_write_is_the_templates(tokenizer) -> None:

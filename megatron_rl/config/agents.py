@@ -45,7 +45,8 @@ class AgentKeys(Section):
     tool_parser: str = Field(
         default="auto",
         description="Parser of the tool calls in the policy's output. \"template\": the tokenizer's "
-        'response_template. "hermes": also for Qwen. "llama3", "ling": those formats. "none": no tool calls. "auto": '
+        'response_template. "hermes": also for Qwen. "ling": also for GLM-4.5. "llama3", "mistral": those formats. '
+        '"none": no tool calls. "auto": '
         "the response_template if there is one, else by the chat template.",
     )
     max_turns: Positive = Field(default=64, description="Maximum number of model requests of one trajectory.")

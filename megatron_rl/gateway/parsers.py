@@ -60,6 +60,8 @@ def parser_for(tokenizer: "PreTrainedTokenizerBase", name: str) -> ResponseParse
             name = "template"
         elif "<tool_call>" in template:
             name = "ling" if "<arg_key>" in template or "<role>" in template else "hermes"
+        elif "[TOOL_CALLS]" in template:
+            name = "mistral"
         elif "<|python_tag|>" in template or "ipython" in template:
             name = "llama3"
         else:
@@ -130,7 +132,13 @@ def _in_tags(read: Callable[[str], Call | None]) -> Callable[[str, str, list[Any
 def _json_call(text: str, key: str = "arguments") -> Call | None:
     """Read a call written as {"name": ..., "arguments": {...}}; None for what is none."""
     try:
-        value = parse_json(text)
+        return _call_in(parse_json(text), key)
+    except ValueError:
+        return None
+
+
+def _call_in(value: Any, key: str = "arguments") -> Call | None:
+    try:
         arguments = value.get(key, {})
         arguments = parse_json(arguments) if isinstance(arguments, str) else arguments
         name = value["name"]
@@ -175,6 +183,34 @@ def _llama3(text: str, context: str, tools: list[Any]) -> Said:
     if not whole or len(whole) < len(calls):
         return Said(content=content, reasoning=reasoning, num_broken=1)
     return Said(content=before.strip() if tag else "", reasoning=reasoning, calls=tuple(whole))
+
+
+_NAMED_CALL = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\s*\w*\s*)?\[ARGS\](.*)", re.DOTALL)
+
+
+def _mistral(text: str, context: str, tools: list[Any]) -> Said:
+    """Parse calls behind [TOOL_CALLS], as Mistral's models write them: a list of JSON, or since 2025 a name, [ARGS] and
+    the arguments, each behind a tag of its own."""
+    reasoning, content = thought(text, context)
+    before, *parts = content.split("[TOOL_CALLS]")
+    if not tools or not parts:
+        return Said(content=content, reasoning=reasoning)
+    calls = [call for part in parts for call in _mistral_calls(part)]
+    whole = [call for call in calls if call is not None]
+    if len(whole) < len(calls):
+        return Said(content=content, reasoning=reasoning, num_broken=1)
+    return Said(content=before.strip(), reasoning=reasoning, calls=tuple(whole))
+
+
+def _mistral_calls(part: str) -> list[Call | None]:
+    named = _NAMED_CALL.fullmatch(part)
+    try:
+        if named is not None:
+            return [_call_in({"name": named[1], "arguments": parse_json(named[2])})]
+        value = parse_json(part)
+    except ValueError:
+        return [None]
+    return [_call_in(one) for one in value] if isinstance(value, list) and value else [None]
 
 
 def _objects(text: str) -> list[str]:
@@ -231,5 +267,6 @@ PARSERS = {
     "hermes": ResponseParser(parse=_in_tags(_json_call), forced=_forced_in_tags),
     "llama3": ResponseParser(parse=_llama3, forced=_forced_llama3),
     "ling": ResponseParser(parse=_in_tags(_ling_call), forced=_forced_in_tags),
+    "mistral": ResponseParser(parse=_mistral),
     "none": ResponseParser(parse=_without_calls),
 }

@@ -141,8 +141,8 @@ class Trajectory:
         if request.tool is not None:
             if self._chat.parser.forced is None:
                 raise RequestError(
-                    "tool_choice must be auto or none: nobody knows how this model begins a call; set "
-                    "rollout.tool_parser to the name of a parser"
+                    "tool_choice must be auto or none: it is not known how this model begins a call; if it writes "
+                    "calls as hermes, llama3 or ling does, set rollout.tool_parser to that"
                 )
             forced = self._chat.parser.forced(request.tool)
             context = np.concatenate([context, await self._chat.encode(forced)])
@@ -305,6 +305,8 @@ def answer_message(said: Said, digest: str) -> Message:
 
 
 def call_id(digest: str, index: int) -> str:
-    """Return the id of a call. It is the same whenever the same is sampled: programs send it back, and templates may
-    show it."""
-    return f"call_{digest[:16]}{index}"
+    """Return the id of a call: nine letters and digits, since Mistral's templates refuse any other.
+
+    It is the same whenever the same is sampled: programs send it back, and templates may show it.
+    """
+    return hashlib.sha256(f"{digest} {index}".encode()).hexdigest()[:9]
