@@ -37,13 +37,13 @@ MODELS = {
 # Settings of each configuration that make all stages end in a few minutes. They show that the stages run, no more.
 SMOKE: dict[str, dict[str, object]] = {
     "teacher": {"train.steps": 300},
-    "distill": {"rollout.prompts_per_step": 2000},
+    "distill": {"rollout.prompts_per_step": 1200},
     "sft": {"train.epochs": 6},
     "select": {"prompts": 12, "rollout.samples_per_prompt": 4},
     "stage1_math": {"train.steps": 3},
     "stage2_code_science": {"train.steps": 3},
     # The student of a smoke test gets nothing right.
-    "general_distill": {"rollout.prompts_per_step": 800, "model.path": RUN / "teacher/hf"},
+    "general_distill": {"rollout.prompts_per_step": 400, "model.path": RUN / "teacher/hf"},
     "general_sft": {"train.epochs": 1},
     "evaluate": {f"benchmarks.{name}.prompts": 40 for name in tables.DOMAINS},
 }
