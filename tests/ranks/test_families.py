@@ -33,6 +33,7 @@ DIVIDED = [
     "qwen2, tied, yarn",
     "qwen3",
     "qwen3-moe, not renormalised, some layers dense",
+    "mistral",
     "mixtral-moe",
     "glm4-moe, groups, biases, no norm of queries",
     "olmo2",
