@@ -17,7 +17,7 @@ from megatron_rl.config.layout import Layout
 from megatron_rl.config.limits import doubtful
 from megatron_rl.config.load import dump_config, load_config, read_values
 from megatron_rl.config.schema import RlConfig, SamplingConfig, SftConfig
-from megatron_rl.families import Architecture, architecture_of, bailing, load_architecture
+from megatron_rl.families import Architecture, architecture_of, fields, load_architecture
 from megatron_rl.plan.show import run_plan
 from megatron_rl.simulation.rates import Rates
 
@@ -328,7 +328,7 @@ def test_dropout_is_left_out_and_told_of_once(tmp_path: Path, caplog: pytest.Log
     """Check dropout, which Ling-lite-base's config.json sets to 0.1 and the chat model's to 0."""
     shape = {"embedding_dropout": 0.1, "output_dropout": 0.1, "attention_dropout": 0.0}
     (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG | shape))
-    bailing._tell_of_dropout.cache_clear()
+    fields._log_once.cache_clear()
     with caplog.at_level(logging.INFO, "megatron_rl"):
         assert load_architecture(tmp_path) == load_architecture(tmp_path)
     assert load_architecture(tmp_path) == architecture_of(TINY_CONFIG)

@@ -5,19 +5,14 @@ never applies `embedding_dropout` and `output_dropout`, and `attention_dropout` 
 none. Training here has none either, since a policy with dropout is not the one that sampled.
 """
 
-import functools
-import logging
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from megatron_rl.families.bounds import MAX_WIDTH
 from megatron_rl.families.family import Family
-from megatron_rl.families.fields import check_neutral, common_fields, count, first_dense_layers, require
+from megatron_rl.families.fields import check_neutral, common_fields, count, first_dense_layers, require, tell
 from megatron_rl.families.tensors import TensorNames
 from megatron_rl.parsing import shown
-
-log = logging.getLogger(__name__)
 
 # Ling-lite-base asks for 0.1 after the embedding and after each block, the chat models for none.
 _DROPOUTS = ("attention_dropout", "embedding_dropout", "output_dropout")
@@ -59,15 +54,10 @@ def _read(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tell_of_dropout(values: Mapping[str, Any]) -> None:
-    """Log that dropout which config.json asks for is left out; on one rank, which reads the file many times, once."""
+    """Tell that dropout which config.json asks for is left out."""
     dropouts = ", ".join(f"{name} {shown(values[name])}" for name in _DROPOUTS if values.get(name))
-    if dropouts and os.environ.get("RANK", "0") == "0":
-        _tell_of_dropout(dropouts)
-
-
-@functools.cache
-def _tell_of_dropout(dropouts: str) -> None:
-    log.info("config.json asks for %s; training and servers here run without dropout", dropouts)
+    if dropouts:
+        tell(f"config.json asks for {dropouts}; training and servers here run without dropout")
 
 
 BAILING_MOE = Family(

@@ -9,8 +9,9 @@ from typing import Any
 
 from megatron_rl.families.bailing import tell_of_dropout
 from megatron_rl.families.bounds import MAX_WIDTH
+from megatron_rl.families.expert_fields import experts_by_sigmoid
 from megatron_rl.families.family import Family
-from megatron_rl.families.fields import check_neutral, common_fields, count, first_dense_layers, flag, require
+from megatron_rl.families.fields import check_neutral, common_fields, count, flag, require
 from megatron_rl.families.tensors import TensorNames
 from megatron_rl.parsing import shown
 
@@ -44,24 +45,11 @@ def _read(values: Mapping[str, Any]) -> dict[str, Any]:
     check_neutral(values, {"moe_shared_expert_intermediate_size": (None, width)}, ", as moe_intermediate_size is")
     found = common_fields(values, _DEFAULTS, partial_rotary=True, further_tokens=True)
     _check_rotated_part(values, found)
-    experts_per_token = count(values, "num_experts_per_tok", 1, 2**16)
     tell_of_dropout(values)
+    found |= experts_by_sigmoid(values, "num_experts", "num_shared_experts")
     return found | {
         "qk_norm": flag(values, "use_qk_norm", default=True),
-        "dense_layers": first_dense_layers(values),
-        "num_experts": count(values, "num_experts", 1, 2**16),
-        "num_experts_per_tok": experts_per_token,
-        "moe_intermediate_size": width,
-        # The shared experts make one MLP of their joint width.
-        "shared_intermediate_size": count(values, "num_shared_experts", 0, 4096) * width,
-        "score_function": "sigmoid",
         "expert_bias": flag(values, "moe_router_enable_expert_bias", default=True),
-        # Some files say with 0 that there are no groups.
-        "n_group": count(values, "n_group", 0, 2**16) or 1,
-        "topk_group": count(values, "topk_group", 0, 2**16) or 1,
-        # The score of a single expert is its weight.
-        "norm_topk_prob": experts_per_token > 1,
-        "routed_scaling_factor": 1.0 if (factor := values.get("routed_scaling_factor")) is None else factor,
     }
 
 

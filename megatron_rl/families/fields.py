@@ -86,21 +86,25 @@ def common_fields(
 
 
 def _further_layers(values: Mapping[str, Any]) -> int:
-    """Read the number of layers that predict further tokens. Log that they are left out; on one rank, which reads the
-    file many times, once."""
+    """Read the number of layers that predict further tokens, and tell that they are left out."""
     number = count(values, FURTHER_TOKENS, 0, MAX_MTP_LAYERS)
-    if number and os.environ.get("RANK", "0") == "0":
-        _tell_of_further_layers(number)
+    if number:
+        tell(
+            f"config.json has {FURTHER_TOKENS} {number}: layers that predict further tokens (MTP) are left out here, "
+            "and in what is written"
+        )
     return number
 
 
+def tell(text: str) -> None:
+    """Log what a file asks for and does not get; on one rank, which reads the file many times, once."""
+    if os.environ.get("RANK", "0") == "0":
+        _log_once(text)
+
+
 @functools.cache
-def _tell_of_further_layers(number: int) -> None:
-    log.info(
-        "config.json has %s %d: layers that predict further tokens (MTP) are left out here, and in what is written",
-        FURTHER_TOKENS,
-        number,
-    )
+def _log_once(text: str) -> None:
+    log.info(text)
 
 
 def check_neutral(values: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], why: str = "") -> None:

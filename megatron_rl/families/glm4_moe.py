@@ -3,16 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_rl.families.bounds import MAX_WIDTH
+from megatron_rl.families.expert_fields import experts_by_sigmoid
 from megatron_rl.families.family import Family
-from megatron_rl.families.fields import (
-    check_neutral,
-    common_fields,
-    count,
-    first_dense_layers,
-    flag,
-    require,
-)
+from megatron_rl.families.fields import check_neutral, common_fields, count, flag, require
 from megatron_rl.families.tensors import TensorNames
 
 _REQUIRED = (
@@ -28,23 +21,14 @@ _DEFAULTS = {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "partial_rotary
 def _read(values: Mapping[str, Any]) -> dict[str, Any]:
     require(values, _REQUIRED)
     check_neutral(values, {"norm_topk_prob": (None, True)}, " (GLM-4.5)")
-    width = count(values, "moe_intermediate_size", 1, MAX_WIDTH)
-    return common_fields(values, _DEFAULTS, partial_rotary=True, further_tokens=True) | {
+    # transformers divides the score of a single expert by itself; Architecture cannot say so.
+    count(values, "num_experts_per_tok", 2, 2**16)
+    found = common_fields(values, _DEFAULTS, partial_rotary=True, further_tokens=True)
+    found |= experts_by_sigmoid(values, "n_routed_experts", "n_shared_experts")
+    return found | {
         "qkv_bias": flag(values, "attention_bias", default=False),
         "qk_norm": flag(values, "use_qk_norm", default=False),
-        "dense_layers": first_dense_layers(values),
-        "num_experts": count(values, "n_routed_experts", 1, 2**16),
-        # transformers divides the score of a single expert by itself; Architecture cannot say so.
-        "num_experts_per_tok": count(values, "num_experts_per_tok", 2, 2**16),
-        "moe_intermediate_size": width,
-        # The shared experts make one MLP of their joint width.
-        "shared_intermediate_size": count(values, "n_shared_experts", 0, 4096) * width,
-        "score_function": "sigmoid",
         "expert_bias": True,
-        "n_group": count(values, "n_group", 0, 2**16) or 1,
-        "topk_group": count(values, "topk_group", 0, 2**16) or 1,
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 1.0 if (factor := values.get("routed_scaling_factor")) is None else factor,
     }
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_rl.families.bounds import MAX_WIDTH
+from megatron_rl.families.expert_fields import experts_of_all_layers
 from megatron_rl.families.family import Family
-from megatron_rl.families.fields import check_head_dim, check_neutral, common_fields, count, require
+from megatron_rl.families.fields import check_head_dim, check_neutral, common_fields
 from megatron_rl.families.tensors import TensorNames
 
 _DEFAULTS = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "tie_word_embeddings": False}
@@ -14,15 +14,9 @@ _DEFAULTS = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6, 
 def _read(values: Mapping[str, Any]) -> dict[str, Any]:
     # Noise on what routers read, while transformers trains: then the policy is not the one that sampled.
     check_neutral(values, {"router_jitter_noise": (None, 0)}, " (Mixtral)")
-    require(values, ("num_local_experts", "num_experts_per_tok", "intermediate_size"))
+    experts = experts_of_all_layers(values, "num_local_experts")
     check_head_dim(values, " (Mixtral)")
-    return common_fields(values, _DEFAULTS) | {
-        "intermediate_size": 0,  # config.json's is that of an expert, and no layer is dense
-        "num_experts": count(values, "num_local_experts", 1, 2**16),
-        "num_experts_per_tok": count(values, "num_experts_per_tok", 1, 2**16),
-        "moe_intermediate_size": count(values, "intermediate_size", 1, MAX_WIDTH),
-        "norm_topk_prob": True,
-    }
+    return common_fields(values, _DEFAULTS) | experts | {"norm_topk_prob": True}
 
 
 MIXTRAL = Family(

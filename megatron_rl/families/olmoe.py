@@ -7,16 +7,16 @@ SGLang writes three of the published values into its code (0.5.21, models/olmoe.
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_rl.families.bounds import MAX_WIDTH
+from megatron_rl.families.expert_fields import experts_of_all_layers
 from megatron_rl.families.family import Family
-from megatron_rl.families.fields import check_head_dim, check_neutral, common_fields, count, require
+from megatron_rl.families.fields import check_head_dim, check_neutral, common_fields
 from megatron_rl.families.tensors import TensorNames
 
 _DEFAULTS = {"rms_norm_eps": 1e-5, "tie_word_embeddings": False}
 
 
 def _read(values: Mapping[str, Any]) -> dict[str, Any]:
-    require(values, ("num_experts", "num_experts_per_tok", "intermediate_size"))
+    experts = experts_of_all_layers(values, "num_experts")
     as_published = {
         "attention_bias": (None, False),
         "norm_topk_prob": (None, False),
@@ -25,15 +25,8 @@ def _read(values: Mapping[str, Any]) -> dict[str, Any]:
     }
     check_neutral(values, as_published, " (OLMoE)")
     check_head_dim(values, " (OLMoE)")
-    return common_fields(values, _DEFAULTS) | {
-        "qk_norm": True,
-        "qk_norm_joins_heads": True,
-        "intermediate_size": 0,  # config.json's is that of an expert, and no layer is dense
-        "num_experts": count(values, "num_experts", 1, 2**16),
-        "num_experts_per_tok": count(values, "num_experts_per_tok", 1, 2**16),
-        "moe_intermediate_size": count(values, "intermediate_size", 1, MAX_WIDTH),
-        "norm_topk_prob": False,
-    }
+    flags = {"qk_norm": True, "qk_norm_joins_heads": True, "norm_topk_prob": False}
+    return common_fields(values, _DEFAULTS) | experts | flags
 
 
 OLMOE = Family(

@@ -16,10 +16,10 @@ class TensorNames:
     """Holds the names of a model's tensors. The defaults are those of Llama, which most families share.
 
     layer, experts: with the number in place of {}. What follows them is the name within a layer. input_norm, mlp_norm:
-    of attention and of the MLP, wherever the model has them. qkv: the projections
-    of queries, keys and values without `.weight` or `.bias`: one name where the file has them in one tensor, all
-    queries first. gate_up: those of an MLP's gate and of what it gates: one name where they are one tensor, the gate
-    first. qk_norms: of queries and of keys. expert_bias: fp32 in every file, whatever the model's type is.
+    of attention and of the MLP, wherever the model has them. qkv: the projections of queries, keys and values without
+    `.weight` or `.bias`: one name where the file has them in one tensor, all queries first. gate_up: those of an MLP's
+    gate and of what it gates: one name where they are one tensor, the gate first. qk_norms: of queries and of keys.
+    expert_bias: fp32 in every file, whatever the model's type is.
     """
 
     embedding: str = "model.embed_tokens.weight"

@@ -138,6 +138,7 @@ def _json_call(text: str, key: str = "arguments") -> Call | None:
 
 
 def _call_in(value: Any, key: str = "arguments") -> Call | None:
+    """Read a call from such a value, parsed; None for what is none."""
     try:
         arguments = value.get(key, {})
         arguments = parse_json(arguments) if isinstance(arguments, str) else arguments

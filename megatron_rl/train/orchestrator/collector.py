@@ -39,6 +39,7 @@ class Collector:
         # The tokens that one prompt of each domain is expected to bring.
         self._per_prompt = dict.fromkeys(self._shares, PromptYield())
         self._carry = Carry()
+        self._reference = _reference(config)
         self.files = StepFiles(config)
         self.examples: list[str] = []  # of the last phase: two responses beside what was expected
 
@@ -47,7 +48,7 @@ class Collector:
         state = {
             "per_prompt": self._per_prompt,
             "teacher": _teaching(self._config),
-            "reference": _reference(self._config),
+            "reference": self._reference,
         }
         return {**self._source.state(), **state}, pack_carry(self._carry)
 
@@ -63,8 +64,8 @@ class Collector:
                 len(self._carry.samples),
             )
             self._carry = Carry(unfinished=self._carry.unfinished)
-        before, now = state.get("reference"), _reference(self._config)
-        if before and now and (told := told_differences(before, now)):
+        before = state.get("reference")
+        if before and self._reference and (told := told_differences(before, self._reference)):
             log.warning(
                 "the weights of %s changed since this checkpoint was made: %s; algorithm.kl_coefficient measures the "
                 "distance to the new ones from now on",
